@@ -1,0 +1,41 @@
+# One environment for all targets: .venv, made on demand. PYTHON=python3.12 make ... picks another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint matrix test-211 clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q --durations=15 $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy tedcompile passes
+
+# The whole product of models, meshes and cases.
+matrix: $(VENV)/.installed
+	$(BIN)/python -m tests.parity.matrix $(ARGS)
+
+# The suite again on the oldest torch that the package allows.
+test-211: .venv211/.installed
+	.venv211/bin/python -m pytest -q --durations=15 $(ARGS)
+
+clean:
+	rm -rf .venv .venv211 build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv211/.installed: EDIT := s/^torch==.*/torch==2.11.0/
+.venv/.installed .venv211/.installed: pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo "No '$(PYTHON)' on this machine: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "'$(PYTHON)' is $$("$(PYTHON)" -V 2>&1), but Python 3.10 or newer is needed; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments: install its venv module (Debian, Ubuntu: the package python3-venv)" >&2; exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null || { echo "No C++ compiler '$(firstword $(CXX))' on this machine: TorchInductor needs one on CPUs; install g++, or set CXX" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "'$(PYTHON)' has no Python.h, which TorchInductor compiles against: install its headers (Debian, Ubuntu: the package python3-dev)" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(@D)
+	sed '$(EDIT)' constraints.txt >$(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --disable-pip-version-check -q -c $(@D)/constraints.txt -e '.[hf,triton,dev]' || { echo "The packages could not be installed (pip's message is above); they come from the package index, so check the network" >&2; exit 1; }
+	@touch $@

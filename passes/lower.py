@@ -1,0 +1,99 @@
+"""Our collectives become torch's, named by process group instead of mesh axis: the last step before a graph is run.
+
+Before:  y = ted.all_reduce(x, "tp")
+After:   y = wait_tensor(_c10d_functional.all_reduce(x, "sum", "ted_tp"))      # started here, waited for at the first use
+
+Inductor schedules and buckets `_c10d_functional`; what it has no counterpart for stays our op, with the group's name.
+Needs: a functional graph with local fake values (after autograd); `names`, the process group's name of each axis.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tedcompile.layouts import aten
+from tedcompile.ops import ops
+
+c10d = torch.ops._c10d_functional
+
+
+def run(gm: GraphModule, names: dict[str, str]) -> None:
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or getattr(node.target, "namespace", "") != "ted":
+            continue
+        schema = node.target._schema.arguments
+        if schema[-1].name != "axis":
+            continue
+        axis = node.args[-1]
+        node.args = (*node.args[:-1], names[axis] if axis else "")
+        if node.target in LOWERED:
+            with gm.graph.inserting_before(node):
+                new = LOWERED[node.target](gm, node)
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
+    _wait_late(gm)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _add(gm: GraphModule, target, args: tuple) -> Node:
+    node = gm.graph.call_function(target, args)
+    values = torch.fx.map_arg(args, lambda n: n.meta["val"])
+    node.meta["val"] = target(*values)
+    return node
+
+
+def _wait(gm: GraphModule, started: Node) -> Node:
+    return _add(gm, c10d.wait_tensor.default, (started,))
+
+
+def _reduce(op: str):
+    def lower(gm: GraphModule, node: Node) -> Node:
+        return _wait(gm, _add(gm, c10d.all_reduce.default, (node.args[0], op, node.args[1])))
+
+    return lower
+
+
+def _gather(gm: GraphModule, node: Node) -> Node:
+    x, dim, size, sections, group = node.args
+    x = _add(gm, aten.clone.default, (x,))
+    x.kwargs = {"memory_format": torch.contiguous_format}
+    x.meta["val"] = x.meta["val"].contiguous()
+    whole = _wait(gm, _add(gm, c10d.all_gather_into_tensor.default, (x, size, group)))
+    if dim == 0 and not sections:
+        return whole
+    rows = x.meta["val"].shape[0]
+    blocks = [_add(gm, aten.slice.Tensor, (whole, 0, i * rows, (i + 1) * rows)) for i in range(size)]
+    if sections:
+        local = [s // size for s in sections]
+        starts = [sum(local[:i]) for i in range(len(local))]
+        blocks = [
+            _add(gm, aten.slice.Tensor, (b, dim, s, s + n)) for s, n in zip(starts, local, strict=True) for b in blocks
+        ]
+    return _add(gm, aten.cat.default, (blocks, dim))
+
+
+def _drop(gm: GraphModule, node: Node) -> Node:
+    return node.args[0]
+
+
+def _share(gm: GraphModule, node: Node) -> Node:
+    return _add(gm, aten.mul.Tensor, (node.args[0], 1 / node.args[1]))
+
+
+LOWERED = {
+    ops.enter.default: _drop,
+    ops.share.default: _share,
+    ops.all_reduce.default: _reduce("sum"),
+    ops.all_max.default: _reduce("max"),
+    ops.gather.default: _gather,
+}
+
+
+def _wait_late(gm: GraphModule) -> None:
+    """Each wait goes right before the first use of its result, so that what follows the start overlaps with it."""
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    for node in list(gm.graph.nodes):
+        if node.target is c10d.wait_tensor.default and node.users:
+            min(node.users, key=order.__getitem__).prepend(node)

@@ -1,0 +1,6 @@
+"""tedcompile: a plain Mixture-of-Experts model in, the same model trained by tensor x expert x data parallelism out."""
+
+from tedcompile.api import parallelize
+from tedcompile.mesh import data_rank, data_world
+
+__all__ = ["data_rank", "data_world", "parallelize"]

@@ -1,0 +1,187 @@
+"""nn.Module to a readable forward graph: `torch.export`, non-strict, on fake parameters.
+
+The graph's placeholders are parameters, buffers, constants and inputs, told apart by `node.meta["role"]`; every node
+keeps its module path and source line. Regions of `no_grad` and `autocast` are inlined: the first as `detach` on what
+leaves them, the second as `node.meta["autocast"]`, which `compile.py` honours when it traces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import GraphModule, Node
+
+from tedcompile import compat, frontends
+from tedcompile.functions import find_hooks, keep_functions
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Captured:
+    """A captured forward. `out_spec` rebuilds the model's own output from the graph's outputs."""
+
+    gm: GraphModule
+    out_spec: pytree.TreeSpec
+    constants: dict[str, torch.Tensor]
+    inputs: list[Any]  # the flattened example inputs: fakes and constants
+    mutations: dict[Node, Node] = field(default_factory=dict)
+
+
+def bind(forward, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """A call's arguments by name, in the order of the forward's signature; TypeError as the plain call would give."""
+    bound = inspect.signature(forward).bind(*args, **kwargs)
+    flat: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            raise TypeError(f"the forward takes *{name}; tedcompile needs arguments that have names")
+        flat.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    return flat
+
+
+@contextlib.contextmanager
+def fake_weights(model: torch.nn.Module, mode) -> Iterator[None]:
+    """Parameters and buffers replaced by fake cpu tensors of their global shapes, tied ones by the same fake."""
+    fakes: dict[int, torch.Tensor] = {}
+    saved = []
+    for module in model.modules():
+        for slot in (module._parameters, module._buffers):
+            saved.append((slot, dict(slot)))
+            for name, value in slot.items():
+                if value is None:
+                    continue
+                if id(value) not in fakes:
+                    with mode:
+                        fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                    if isinstance(value, torch.nn.Parameter):
+                        fake = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
+                    fakes[id(value)] = fake
+                slot[name] = fakes[id(value)]
+    try:
+        yield
+    finally:
+        for slot, values in saved:
+            slot.update(values)
+
+
+def capture(model: torch.nn.Module, kwargs: dict[str, Any]) -> Captured:
+    """Captures `model(**kwargs)`; only shapes and dtypes of the tensors count.
+
+    Raises ValueError that names the user's source line when the forward depends on data in a way no graph can hold.
+    """
+    find_hooks(model)
+    mode = compat.FakeTensorMode(shape_env=compat.ShapeEnv(), allow_non_fake_inputs=True)
+
+    def fake(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        with mode:
+            return torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
+
+    leaves, spec = pytree.tree_flatten(kwargs)
+    inputs = [fake(leaf) for leaf in leaves]
+    fake_kwargs = pytree.tree_unflatten(inputs, spec)
+    try:
+        with frontends.prepared(model), fake_weights(model, mode), keep_functions(), mode:
+            program = torch.export.export(model, (), fake_kwargs, strict=False)
+    except Exception as error:
+        raise _explained(error, model) from error
+    gm = program.graph_module
+    constants = _set_roles(gm, program)
+    _inline_regions(gm)
+    for node in reversed(gm.graph.nodes):
+        if "assert" in str(node.target) or "sym_constrain" in str(node.target):
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    return Captured(gm, program.call_spec.out_spec, constants, inputs)
+
+
+def _set_roles(gm: GraphModule, program) -> dict[str, torch.Tensor]:
+    kinds = torch.export.graph_signature.InputKind
+    constants, position = {}, 0
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if spec.kind == kinds.PARAMETER:
+            node.meta["role"] = ("parameter", spec.target)
+        elif spec.kind == kinds.BUFFER:
+            node.meta["role"] = ("buffer", spec.target)
+        elif spec.kind == kinds.USER_INPUT:
+            node.meta["role"] = ("input", position)
+            position += 1
+        else:
+            node.meta["role"] = ("constant", spec.target)
+            constants[spec.target] = program.constants[spec.target]
+    return constants
+
+
+def _inline_regions(gm: GraphModule) -> None:
+    for node in list(gm.graph.nodes):
+        name = getattr(node.target, "_name", "") if node.op == "call_function" else ""
+        if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            continue
+        grad = name == "wrap_with_set_grad_enabled"
+        submodule, operands = (node.args[1], node.args[2:]) if grad else (node.args[4], node.args[5:])
+        inner = getattr(gm, submodule.target)
+        _inline_regions(inner)
+        values = dict(zip((n for n in inner.graph.nodes if n.op == "placeholder"), operands, strict=True))
+        with gm.graph.inserting_before(node):
+            results = gm.graph.graph_copy(inner.graph, values)
+            for old, new in values.items():
+                if old.op == "placeholder":
+                    continue
+                new.meta = dict(old.meta)
+                if not grad:
+                    new.meta.setdefault("autocast", tuple(node.args[:4]))
+            results = list(results) if isinstance(results, (tuple, list)) else [results]
+            if grad and not node.args[0]:
+                for i, value in enumerate(results):
+                    if isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor):
+                        results[i] = gm.graph.call_function(aten.detach.default, (value,))
+                        results[i].meta = dict(value.meta)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+        if not submodule.users:
+            gm.graph.erase_node(submodule)
+
+
+def source_line(node: Node) -> str:
+    """`file.py:12 (code)` of the user's line that made a node: the innermost frame outside torch."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s+([^\n]+)', node.meta.get("stack_trace") or "")
+    for path, line, code in reversed(frames):
+        if "/torch/" not in path and "/tedcompile/" not in path:
+            return f"{path.rsplit('/', 1)[-1]}:{line} ({code.strip()})"
+    return ""
+
+
+def module_path(node: Node) -> str:
+    """The path of the module that a node came from, as in `model.layers.0.mlp`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next(reversed(list(stack.values())), ("",))[0] if stack else ""
+
+
+def _explained(error: Exception, model: torch.nn.Module) -> Exception:
+    if isinstance(error, (ValueError, TypeError)) and getattr(error, "__module__", "") != "torch" and "tedcompile" in str(
+        traceback.extract_tb(error.__traceback__)[-1].filename
+    ):
+        return error
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    frames = [f for f in frames if "/tedcompile/" not in f.filename]
+    where = f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else type(model).__name__
+    text = str(error)
+    if type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException") or "data-dependent" in text:
+        cause = "control flow or a size depends on the values of tensors; use torch.where, or a mask, instead"
+    else:
+        cause = f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else 'no message'}"
+    return ValueError(f"{type(model).__name__} cannot be captured: {where}: {cause}")

@@ -1,0 +1,60 @@
+"""Every use of a private torch module, in one place: a torch upgrade is this file's work."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch._functorch.aot_autograd import (  # noqa: F401
+    aot_compile_joint_with_descriptors,
+    aot_export_joint_with_descriptors,
+)
+from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: F401
+from torch._inductor.compile_fx import compile_fx_inner  # noqa: F401
+from torch._inductor.decomposition import select_decomp_table  # noqa: F401
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: F401
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: F401
+
+
+def register_group(name: str, group: dist.ProcessGroup) -> None:
+    """Gives this rank's group a name that is the same on every rank, so graphs and compiler caches are too."""
+    torch._C._distributed_c10d._register_process_group(name, group)
+
+
+def strided_shard(dim: int, parts: int):
+    """Placement of a dim that is `parts` equal sections, each split over the axis (a fused [gate; up] weight)."""
+    return _StridedShard(dim, split_factor=parts)
+
+
+def dtensor(local: torch.Tensor, mesh, placements, shape, stride) -> DTensor:
+    """A DTensor around a local shard, without communication; the shape and stride are the global ones."""
+    meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
+    options = {}
+    if any(isinstance(p, _StridedShard) for p in placements):
+        options["use_strided_shard_as_shard_order"] = False
+    spec = DTensorSpec(mesh, tuple(placements), tensor_meta=meta, **options)
+    return DTensor(local, spec, requires_grad=local.requires_grad)  # type: ignore[call-arg]
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The local shard, without autograd and without communication."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: DTensor, local: torch.Tensor) -> DTensor:
+    """`local` with the mesh, layout and global shape of `tensor`."""
+    return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
+
+
+def make_boxed_func(f):
+    """A function of a list that it empties, so that inputs are freed as early as they can be."""
+
+    def boxed(args: list):
+        operands = list(args)
+        args.clear()
+        return f(*operands)
+
+    boxed._boxed_call = True  # type: ignore[attr-defined]
+    return boxed

@@ -1,0 +1,150 @@
+"""From the distributed forward graph to callables: autograd, passes on the joint graph, partition, lowering, Inductor.
+
+Autograd derives the backward (AOTAutograd's joint graph) from the rewritten forward; no backward is written by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from tedcompile import compat
+from tedcompile.passes import lower, reduce_gradients
+from tedcompile.pipeline import Context, run_pass
+
+BACKENDS = ("inductor", "eager")
+
+
+class _Forward(torch.nn.Module):
+    """Runs the graph node by node, with the autocast state each node was captured under."""
+
+    def __init__(self, gm: GraphModule, device: torch.device):
+        super().__init__()
+        self.run, self.device = _Runner(gm, device).run, device
+
+    def forward(self, *args):
+        return self.run(*args)
+
+
+class _Runner(Interpreter):
+    def __init__(self, gm: GraphModule, device: torch.device):
+        super().__init__(gm, garbage_collect_values=False)
+        self.device = device
+
+    def run_node(self, n: Node) -> Any:
+        state = n.meta.get("autocast")
+        if state is None:
+            return super().run_node(n)
+        _, dtype, enabled, _ = state
+        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
+            return super().run_node(n)
+
+
+def fingerprint(gm: GraphModule) -> str:
+    """A hash of a graph's text with all shapes: equal on all ranks, or the ranks must not start."""
+    return hashlib.sha256(describe(gm).encode()).hexdigest()
+
+
+def describe(gm: GraphModule) -> str:
+    lines = []
+    for n in gm.graph.nodes:
+        value = n.meta.get("val")
+        shape = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        lines.append(f"{n.name} = {n.target}{n.args}{n.kwargs} : {shape} {n.meta.get('layout', '')}")
+    return "\n".join(lines)
+
+
+def _move_constants(gm: GraphModule, device: torch.device) -> None:
+    """Capture runs on fake cpu tensors; factories in the graph must make theirs on the real device."""
+    for node in gm.graph.nodes:
+        swap = lambda x: device if isinstance(x, torch.device) else x
+        if any(isinstance(x, torch.device) for x in (*node.args, *node.kwargs.values())):
+            node.args, node.kwargs = tuple(map(swap, node.args)), {k: swap(v) for k, v in node.kwargs.items()}
+        elif node.op == "call_function" and node.target in FACTORIES:
+            node.kwargs = {**node.kwargs, "device": device}
+
+
+aten = torch.ops.aten
+FACTORIES = {aten.arange.default, aten.arange.start, aten.arange.start_step, aten.zeros.default, aten.ones.default,
+             aten.full.default, aten.empty.memory_format, aten.scalar_tensor.default, aten.eye.default}  # fmt: skip
+
+
+def build(
+    gm: GraphModule,
+    ctx: Context,
+    inputs: list[torch.Tensor],
+    backend: str,
+    device: torch.device,
+    names: dict[str, str],
+    autocast: tuple[torch.dtype, bool] | None,
+) -> Callable:
+    """Compiles a distributed forward graph.
+
+    `inputs` have the local shapes and dtypes, in the order of the placeholders, and tell which need gradients. Returns
+    a function of the same inputs that gives the graph's outputs and takes part in autograd.
+    """
+    if device.type != "cpu":
+        _move_constants(gm, device)
+    mode = compat.FakeTensorMode(shape_env=compat.ShapeEnv())
+    fakes = []
+    for t in inputs:
+        with mode:
+            fake = torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        fakes.append(fake.requires_grad_(t.requires_grad))
+    train = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    outer = (
+        torch.autocast(device.type, dtype=autocast[0], enabled=autocast[1], cache_enabled=False)
+        if autocast
+        else contextlib.nullcontext()
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mode)
+        with outer:
+            joint = compat.aot_export_joint_with_descriptors(
+                stack,
+                _Forward(gm, device),
+                tuple(fakes),
+                decompositions=compat.select_decomp_table() if backend == "inductor" else None,
+            )
+        if train:
+            graph = joint.graph_module
+            _erase_asserts(graph)
+            first = len(graph.graph.output_node().args[0]) - len(inputs)
+            placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+            ctx.gradients = {
+                first + i: n.meta.get("placements", {})
+                for i, n in enumerate(placeholders)
+                if n.meta["role"][0] == "parameter"
+            }
+            run_pass("reduce_gradients", reduce_gradients.run, graph, ctx)
+        stack_free = _compiler(backend, names)
+        return compat.aot_compile_joint_with_descriptors(
+            joint,
+            partition_fn=compat.min_cut_rematerialization_partition,
+            fw_compiler=stack_free(False, not train),
+            bw_compiler=stack_free(True, False),
+        )
+
+
+def _erase_asserts(gm: GraphModule) -> None:
+    for node in reversed(gm.graph.nodes):
+        if node.op == "call_function" and "assert" in str(node.target) and not node.users:
+            gm.graph.erase_node(node)
+
+
+def _compiler(backend: str, names: dict[str, str]):
+    def kind(backward: bool, inference: bool):
+        def compile_graph(gm: GraphModule, example_inputs: list) -> Callable:
+            lower.run(gm, names)
+            if backend == "inductor":
+                return compat.compile_fx_inner(gm, example_inputs, is_backward=backward, is_inference=inference)
+            return compat.make_boxed_func(gm.forward)
+
+        return compile_graph
+
+    return kind

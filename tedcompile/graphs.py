@@ -1,0 +1,69 @@
+"""Small helpers that every pass uses: new nodes with metadata, functions turned into nodes, facts about values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from tedcompile.layouts import aten
+from tedcompile.ops import ops
+
+KEPT = ("nn_module_stack", "stack_trace", "autocast")
+
+
+def value_of(node: Node) -> Any:
+    """The fake *global* value of a node from those of its arguments; a slice or gather does not change it."""
+    if node.target in (ops.slice.default, ops.gather.default):
+        return node.args[0].meta["val"]
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return node.target(*args, **kwargs)
+
+
+def call(graph: Graph, target: Any, args: tuple, like: Node, val: Any = None) -> Node:
+    """A new node that belongs to the same module and source line as `like`."""
+    node = graph.call_function(target, args)
+    node.meta = {k: like.meta[k] for k in KEPT if k in like.meta}
+    node.meta["val"] = value_of(node) if val is None else val
+    set_facts(node)
+    return node
+
+
+def emit(graph: Graph, function: Callable, args: tuple, kwargs: dict, like: Node) -> Node:
+    """The nodes a function makes of its arguments; the last one has the value of `like`."""
+    tracer = GraphAppendingTracer(graph)
+    proxies = torch.fx.map_arg((args, kwargs), lambda n: Proxy(n, tracer))
+    result = function(*proxies[0], **proxies[1]).node
+    given: set[Node] = set()
+    torch.fx.map_arg((args, kwargs), given.add)
+
+    def annotate(node: Node) -> None:
+        if node in given or "val" in node.meta:
+            return
+        for a in node.all_input_nodes:
+            annotate(a)
+        node.meta = {k: like.meta[k] for k in KEPT if k in like.meta}
+        node.meta["val"] = like.meta["val"] if node is result else value_of(node)
+        set_facts(node)
+
+    annotate(result)
+    return result
+
+
+def set_facts(node: Node) -> None:
+    """`grad`: a gradient flows through this value. `weights_only`: it is made of parameters alone."""
+    role = node.meta.get("role", ("",))
+    if node.op == "placeholder":
+        node.meta["grad"] = role[0] == "parameter" and node.meta.get("requires_grad", True)
+        node.meta["weights_only"] = role[0] == "parameter"
+        return
+    inputs = node.all_input_nodes
+    value = node.meta.get("val")
+    floating = not isinstance(value, torch.Tensor) or value.is_floating_point()
+    cut = node.target in (aten.detach.default, ops.all_max.default)
+    node.meta["grad"] = floating and not cut and any(a.meta.get("grad") for a in inputs)
+    sources = inputs[:1] if node.target is ops.per_expert.default else inputs
+    node.meta["weights_only"] = bool(sources) and all(a.meta.get("weights_only") for a in sources)

@@ -1,0 +1,138 @@
+"""The (dp, ep, tp) mesh: sizes for planning, process groups for running.
+
+Planning needs only integers (`MeshShape`); graphs name axes, never ranks or groups. `Groups` ties axis names to the
+process groups of one rank. Besides the three axes there is `data` = dp x ep, the ranks that bring their own batch
+(DeepSpeed-TED, arXiv 2303.06318, section 3: dense parameters are data-parallel over dp x ep, experts over dp).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from tedcompile import compat
+
+AXES = ("dp", "ep", "tp")
+DATA_AXES = ("dp", "ep")
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the three axes; an axis that is not there has size 1."""
+
+    dp: int = 1
+    ep: int = 1
+    tp: int = 1
+
+    def __getitem__(self, axis: str) -> int:
+        return self.dp * self.ep if axis == "data" else getattr(self, axis)
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.ep * self.tp
+
+    def as_dict(self) -> dict[str, int]:
+        return {axis: self[axis] for axis in AXES}
+
+    @staticmethod
+    def parse(text: str) -> MeshShape:
+        """`"ep=4,tp=2"` to a shape. Raises ValueError naming what is wrong."""
+        sizes: dict[str, int] = {}
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            axis, _, size = part.partition("=")
+            if axis not in AXES:
+                raise ValueError(f"unknown mesh axis {axis!r} in {text!r}: the axes are dp, ep and tp, as in dp=1,ep=4,tp=2")
+            if not size.isdigit() or int(size) < 1:
+                raise ValueError(f"mesh axis {axis} needs a size of at least 1, got {size!r} in {text!r}")
+            if axis in sizes:
+                raise ValueError(f"mesh axis {axis} is given twice in {text!r}")
+            sizes[axis] = int(size)
+        return MeshShape(**sizes)
+
+
+def shape_of(mesh: DeviceMesh | MeshShape | str | dict) -> MeshShape:
+    """Sizes of any description of a mesh. Raises ValueError for an unknown axis, TypeError for another type."""
+    if isinstance(mesh, MeshShape):
+        return mesh
+    if isinstance(mesh, str):
+        return MeshShape.parse(mesh)
+    if isinstance(mesh, dict):
+        return MeshShape.parse(",".join(f"{k}={v}" for k, v in mesh.items()))
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a torch DeviceMesh with axes among dp, ep, tp, got {type(mesh).__name__}")
+    names = mesh.mesh_dim_names
+    if not names:
+        raise ValueError('the mesh has no axis names: pass mesh_dim_names=("dp", "ep", "tp") (any subset) to init_device_mesh')
+    unknown = [n for n in names if n not in AXES]
+    if unknown:
+        raise ValueError(f"unknown mesh axis {unknown[0]!r}: tedcompile knows dp, ep and tp, the mesh has {', '.join(names)}")
+    return MeshShape(**dict(zip(names, mesh.mesh.shape, strict=True)))
+
+
+def data_world(mesh: DeviceMesh) -> int:
+    """How many different batches one step takes: dp x ep."""
+    return shape_of(mesh)["data"]
+
+
+def data_rank(mesh: DeviceMesh) -> int:
+    """Which of the `data_world(mesh)` batches this rank brings; the tp ranks of one group answer the same."""
+    shape = shape_of(mesh)
+    names = mesh.mesh_dim_names or ()
+    dp = mesh.get_local_rank("dp") if "dp" in names else 0
+    ep = mesh.get_local_rank("ep") if "ep" in names else 0
+    return dp * shape.ep + ep
+
+
+class Groups:
+    """This rank's process group, its own index and a process-independent name for every axis of a mesh."""
+
+    _known: dict[tuple, Groups] = {}
+
+    def __init__(self, mesh: DeviceMesh, serial: int):
+        self.mesh, self.shape = mesh, shape_of(mesh)
+        self.device = torch.device(
+            "cuda", torch.cuda.current_device()
+        ) if mesh.device_type == "cuda" else torch.device(mesh.device_type)
+        names = mesh.mesh_dim_names or ()
+        self.names = {axis: f"ted{serial or ''}_{axis}" for axis in (*AXES, "data", "world")}
+        self.rank: dict[str, int] = {}
+        self.group: dict[str, dist.ProcessGroup] = {}
+        self.host: dist.ProcessGroup | None = None
+        for axis in AXES:
+            self.rank[axis] = mesh.get_local_rank(axis) if axis in names else 0
+            if self.shape[axis] > 1:
+                self.group[axis] = mesh.get_group(axis)
+        self.rank["data"] = self.rank["dp"] * self.shape.ep + self.rank["ep"]
+        others = [n for n in names if n == "tp"]
+        grid = mesh.mesh.permute(*[names.index(n) for n in (*others, *(n for n in DATA_AXES if n in names))])
+        rows = grid.reshape(self.shape.tp, self.shape["data"]).tolist()
+        if self.shape.dp > 1 and self.shape.ep > 1:
+            for ranks in rows:
+                group = dist.new_group(ranks)
+                if dist.get_rank() in ranks:
+                    self.group["data"] = group
+        elif self.shape["data"] > 1:
+            self.group["data"] = self.group["dp" if self.shape.dp > 1 else "ep"]
+        if self.shape.world > 1:
+            ranks = sorted(itertools.chain(*rows))
+            self.group["world"] = dist.group.WORLD if len(ranks) == dist.get_world_size() else dist.new_group(ranks)
+            # agreement between ranks is checked on the host, beside the devices' work
+            on_host = mesh.device_type == "cpu" and dist.get_backend() == "gloo"
+            self.host = self.group["world"] if on_host else dist.new_group(ranks, backend="gloo")
+        for axis, group in self.group.items():
+            compat.register_group(self.names[axis], group)
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> Groups:
+        """The groups of a mesh, made once for each distinct mesh (every rank must call this in the same order)."""
+        key = (mesh.device_type, tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape), mesh.mesh_dim_names)
+        if key not in cls._known:
+            if dist.is_initialized() and math.prod(mesh.mesh.shape) > dist.get_world_size():
+                raise ValueError(f"the mesh has {math.prod(mesh.mesh.shape)} ranks, the world only {dist.get_world_size()}")
+            cls._known[key] = cls(mesh, len(cls._known))
+        return cls._known[key]

@@ -1,0 +1,460 @@
+"""The op vocabulary `torch.ops.ted`: the canonical MoE ops and the moves between layouts, each with its VJP.
+
+Shapes: T tokens, K experts a token, E experts, N rows (token copies, sorted by expert), H and I features.
+Backward passes are derived from the VJPs here (TED's drop and gather: arXiv 2303.06318, section 5;
+the cotangent conventions are in `layouts.py`). Nothing here adds atomically, so replicated values stay bit-equal.
+
+The `axis` of a collective is a mesh axis in every graph that people read; `passes/lower.py` turns it into the name of
+a process group just before a graph is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+LIBRARY = torch.library.Library("ted", "DEF")
+ops = torch.ops.ted
+
+
+def define(schema: str, fake: Callable | None = None, vjp: tuple[Callable, Callable] | None = None):
+    """Registers `ted::schema` with the decorated function as its kernel; `vjp` is (setup_context, backward)."""
+
+    def register(kernel: Callable) -> Callable:
+        name = LIBRARY.define(schema)
+        LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ted::{name}", fake or kernel, lib=LIBRARY)
+        if vjp:
+            torch.library.register_autograd(f"ted::{name}", vjp[1], setup_context=vjp[0], lib=LIBRARY)
+        return kernel
+
+    return register
+
+
+def _keep(*names: str):
+    """A setup_context that keeps the named arguments (after the inputs' order) as ctx attributes, saving no tensor."""
+
+    def setup(ctx, inputs, output):
+        for name, value in zip(names, inputs[-len(names) :] if names else (), strict=True):
+            setattr(ctx, name, value)
+
+    return setup
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def same(x: Tensor, *_) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# ---- process groups -------------------------------------------------------------------------------------------------
+
+
+def group_of(axis: str) -> dist.ProcessGroup | None:
+    """The process group a lowered graph names; an axis of size 1 is never lowered, so it must exist."""
+    return torch._C._distributed_c10d._resolve_process_group(axis)
+
+
+def index_in(axis: str) -> int:
+    return dist.get_rank(group_of(axis))
+
+
+# ---- moves between layouts ------------------------------------------------------------------------------------------
+
+
+@define(
+    "enter(Tensor x, str axis) -> Tensor",
+    same,
+    (_keep("axis"), lambda ctx, g: (ops.all_reduce(g, ctx.axis), None)),
+)
+def enter(x, axis):
+    """R to E. Identity; the cotangents, partial on each rank, are summed."""
+    return x.clone()
+
+
+@define(
+    "share(Tensor x, int size, str axis) -> Tensor",
+    same,
+    (_keep("size", "axis"), lambda ctx, g: (g, None, None)),
+)
+def share(x, size, axis):
+    """R to P: 1/size on each rank. The cotangent of a partial value is whole on every rank, so the VJP is identity."""
+    return x / size
+
+
+@define(
+    "all_reduce(Tensor x, str axis) -> Tensor",
+    same,
+    (_keep("axis"), lambda ctx, g: (g, None)),
+)
+def all_reduce(x, axis):
+    """P to R. Sum over the axis; the cotangent is the same on all ranks already."""
+    out = x.contiguous().clone()
+    dist.all_reduce(out, group=group_of(axis))
+    return out
+
+
+@define("all_max(Tensor x, str axis) -> Tensor", same, (_keep("axis"), lambda ctx, g: (None, None)))
+def all_max(x, axis):
+    """Partial maxima to R, without a gradient (for a stable softmax)."""
+    out = x.contiguous().clone()
+    dist.all_reduce(out, op=dist.ReduceOp.MAX, group=group_of(axis))
+    return out
+
+
+def _sections(size: int, sections: list[int]) -> list[int]:
+    return list(sections) or [size]
+
+
+def _fake_slice(x, dim, size, sections, axis):
+    shape = list(x.shape)
+    shape[dim] //= size
+    return x.new_empty(shape)
+
+
+@define(
+    "slice(Tensor x, int dim, int size, int[] sections, str axis) -> Tensor",
+    _fake_slice,
+    (
+        _keep("dim", "size", "sections", "axis"),
+        lambda ctx, g: (ops.gather(g, ctx.dim, ctx.size, ctx.sections, ctx.axis), None, None, None, None),
+    ),
+)
+def slice_(x, dim, size, sections, axis):
+    """R to S(dim): this rank's part, of each section for a fused dim. VJP: gather (the cotangents are disjoint)."""
+    index = index_in(axis)
+    parts = [s.chunk(size, dim)[index] for s in x.split(_sections(x.shape[dim], sections), dim)]
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+
+
+def _fake_gather(x, dim, size, sections, axis):
+    shape = list(x.shape)
+    shape[dim] *= size
+    return x.new_empty(shape)
+
+
+@define(
+    "gather(Tensor x, int dim, int size, int[] sections, str axis) -> Tensor",
+    _fake_gather,
+    (
+        _keep("dim", "size", "sections", "axis"),
+        lambda ctx, g: (ops.slice(g, ctx.dim, ctx.size, ctx.sections, ctx.axis), None, None, None, None),
+    ),
+)
+def gather(x, dim, size, sections, axis):
+    """S(dim) to R: all-gather. VJP: a local slice, for the cotangent is replicated (a sum here would be tp too large)."""
+    out = x.new_empty((size * x.shape[0], *x.shape[1:]) if x.dim() else (size,))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group_of(axis))
+    return ungather(out, dim, size, sections)
+
+
+def ungather(out: Tensor, dim: int, size: int, sections: list[int]) -> Tensor:
+    """Rank-major blocks, stacked on dim 0 as a collective delivers them, to one tensor whole on `dim`."""
+    if dim == 0 and not sections:
+        return out
+    blocks = out.chunk(size, 0)
+    if not sections:
+        return torch.cat(blocks, dim)
+    local = [s // size for s in sections]
+    return torch.cat([part for each in zip(*(b.split(local, dim) for b in blocks), strict=True) for part in each], dim)
+
+
+@define("rank(Tensor like, str axis) -> Tensor", lambda like, axis: like.new_empty((), dtype=torch.int64))
+def rank(like, axis):
+    """This rank's index on the axis, a 0-d int64 tensor on the device of `like`: graphs hold no rank as a constant."""
+    return torch.full((), index_in(axis), dtype=torch.int64, device=like.device)
+
+
+# ---- tokens over experts --------------------------------------------------------------------------------------------
+
+
+def _fake_permute(x, index, experts):
+    n = index.shape[0] * index.shape[1]
+    return (
+        x.new_empty(n, x.shape[1]),
+        index.new_empty(experts, dtype=torch.int64),
+        index.new_empty(tuple(index.shape), dtype=torch.int64),
+        index.new_empty(n, dtype=torch.int64),
+    )
+
+
+@define(
+    "permute(Tensor x, Tensor index, int experts) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_permute,
+    (
+        lambda ctx, inputs, output: ctx.save_for_backward(output[2]),
+        lambda ctx, rows, counts, perm, order: (ops.gather_sum(rows, ctx.saved_tensors[0]), None, None),
+    ),
+)
+def permute(x, index, experts):
+    """Copies tokens into rows sorted by expert, stable in the token order.
+
+    x (T, H), index (T, K) int, experts E -> rows (T*K, H), counts (E,) rows of each expert, perm (T, K) the row of each
+    slot, order (T*K,) the slot (t*K+k) of each row. VJP: a gather-sum over `perm`.
+    """
+    flat = index.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    perm = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int64))
+    return x[order // index.shape[1]], counts, perm.view(index.shape), order
+
+
+@define("gather_sum(Tensor rows, Tensor perm) -> Tensor", lambda rows, perm: rows.new_empty(perm.shape[0], rows.shape[1]))
+def gather_sum(rows, perm):
+    """rows (N, H), perm (T, K) -> (T, H): the sum of each token's K rows, in slot order (no atomic add)."""
+    return rows[perm].sum(1)
+
+
+def _unpermute_vjp(ctx, g):
+    rows, perm, order, weights = ctx.saved_tensors
+    grad_rows = g[order // perm.shape[1]] * weights.reshape(-1)[order, None].to(g.dtype)
+    grad_weights = (rows[perm] * g[:, None]).sum(-1).to(weights.dtype)
+    return grad_rows.to(rows.dtype), None, None, grad_weights
+
+
+@define(
+    "unpermute(Tensor rows, Tensor perm, Tensor order, Tensor weights) -> Tensor",
+    lambda rows, perm, order, weights: rows.new_empty(
+        (perm.shape[0], rows.shape[1]), dtype=torch.promote_types(rows.dtype, weights.dtype)
+    ),
+    (_save, _unpermute_vjp),
+)
+def unpermute(rows, perm, order, weights):
+    """rows (N, H), perm (T, K), order (N,), weights (T, K) -> (T, H): weighted sum of each token's rows."""
+    return (rows[perm] * weights[..., None]).sum(1)
+
+
+@define(
+    "take(Tensor x, Tensor order, Tensor inverse) -> Tensor",
+    lambda x, order, inverse: x.new_empty((order.shape[0], *x.shape[1:])),
+    (
+        lambda ctx, inputs, output: ctx.save_for_backward(inputs[1], inputs[2]),
+        lambda ctx, g: (ops.take(g, ctx.saved_tensors[1], ctx.saved_tensors[0]), None, None),
+    ),
+)
+def take(x, order, inverse):
+    """x[order] for a permutation and its inverse, so that the VJP is a take as well."""
+    return x[order]
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return counts.cumsum(0).to(torch.int32)
+
+
+def _grouped(a: Tensor, b: Tensor, counts: Tensor) -> bool:
+    """Whether ATen's grouped kernel takes these operands (dtype; strides a multiple of 16 bytes)."""
+    fits = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}
+    if a.dtype not in fits.get(a.device.type, ()) or a.shape[0] == 0 or a.shape[1] == 0 or a.dtype != b.dtype:
+        return False
+    return all(s * t.element_size() % 16 == 0 for t in (a, b) for s in t.stride() if s != 1)
+
+
+def _grouped_mm_vjp(ctx, g):
+    rows, weight, counts = ctx.saved_tensors
+    needs_rows, needs_weight, _ = ctx.needs_input_grad
+    grad_rows = ops.grouped_mm(g, weight.transpose(1, 2), counts) if needs_rows else None
+    grad_weight = ops.grouped_outer(rows, g, counts).to(weight.dtype) if needs_weight else None
+    return grad_rows, grad_weight, None
+
+
+@define(
+    "grouped_mm(Tensor rows, Tensor weight, Tensor counts) -> Tensor",
+    lambda rows, weight, counts: rows.new_empty(rows.shape[0], weight.shape[2]),
+    (_save, _grouped_mm_vjp),
+)
+def grouped_mm(rows, weight, counts):
+    """rows (N, H) sorted by expert, weight (E, H, I), counts (E,) -> (N, I): each row times its expert's matrix."""
+    rows = rows.contiguous()
+    if _grouped(rows, weight, counts):
+        return torch._grouped_mm(rows, weight, offs=_offsets(counts))
+    parts = rows.split(counts.tolist())
+    return torch.cat([part @ weight[e] for e, part in enumerate(parts)])
+
+
+@define(
+    "grouped_outer(Tensor rows, Tensor g, Tensor counts) -> Tensor",
+    lambda rows, g, counts: rows.new_empty(counts.shape[0], rows.shape[1], g.shape[1]),
+)
+def grouped_outer(rows, g, counts):
+    """rows (N, H), g (N, I), counts (E,) -> (E, H, I): rows' transposed times g, for each expert; zeros for no rows."""
+    rows, g = rows.contiguous(), g.contiguous()
+    if _grouped(rows, g, counts):
+        return torch._grouped_mm(rows.t(), g, offs=_offsets(counts))
+    sizes = counts.tolist()
+    return torch.stack([a.t() @ b for a, b in zip(rows.split(sizes), g.split(sizes), strict=True)])
+
+
+@define(
+    "segment_sum(Tensor rows, Tensor counts) -> Tensor",
+    lambda rows, counts: rows.new_empty((counts.shape[0], *rows.shape[1:])),
+)
+def segment_sum(rows, counts):
+    """rows (N, ...), counts (E,) -> (E, ...): the sum of each expert's rows, in row order."""
+    return torch.stack([part.sum(0) for part in rows.split(counts.tolist())])
+
+
+@define(
+    "per_expert(Tensor x, Tensor counts, Tensor rows) -> Tensor",
+    lambda x, counts, rows: x.new_empty((rows.shape[0], *x.shape[1:])),
+    (
+        lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+        lambda ctx, g: (ops.segment_sum(g, ctx.saved_tensors[0]), None, None),
+    ),
+)
+def per_expert(x, counts, rows):
+    """x (E, ...), counts (E,), rows (N, ...) for its length -> (N, ...): each row its expert's entry."""
+    return torch.repeat_interleave(x, counts, 0, output_size=rows.shape[0])
+
+
+# ---- expert parallelism ---------------------------------------------------------------------------------------------
+
+
+@define(
+    "exchange_counts(Tensor counts, int size, str axis) -> Tensor",
+    lambda counts, size, axis: counts.new_empty(size, counts.shape[0] // size),
+)
+def exchange_counts(counts, size, axis):
+    """counts (E,) of this rank's rows -> (size, E/size): the rows each rank sends for each expert held here."""
+    out = torch.empty_like(counts)
+    dist.all_to_all_single(out, counts.contiguous(), group=group_of(axis))
+    return out.view(size, -1)
+
+
+@define(
+    "splits(Tensor sent, Tensor received) -> Tensor",
+    lambda sent, received: torch.empty(2, received.shape[0], dtype=torch.int64),
+)
+def splits(sent, received):
+    """sent (E,), received (size, E/size) -> (2, size) on the host: rows to and from each rank (the step's one sync)."""
+    return torch.stack([sent.view(received.shape).sum(1), received.sum(1)]).cpu()
+
+
+def _all_to_all_vjp(ctx, g):
+    x, splits = ctx.saved_tensors
+    return ops.all_to_all_like(g, splits.flip(0), x, ctx.axis), None, None
+
+
+def _save_all_to_all(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.axis = inputs[-1]
+
+
+@define(
+    "all_to_all(Tensor x, Tensor splits, str axis) -> Tensor",
+    lambda x, splits, axis: x.new_empty((torch.library.get_ctx().new_dynamic_size(), *x.shape[1:])),
+    (_save_all_to_all, _all_to_all_vjp),
+)
+def all_to_all(x, splits, axis):
+    """x (N, H) ordered by destination, splits (2, size) [to, from] -> (N', H). VJP: the counts swapped."""
+    to, from_ = splits.tolist()
+    out = x.new_empty(sum(from_), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), from_, to, group=group_of(axis))
+    return out
+
+
+def _all_to_all_like_vjp(ctx, g):
+    x, splits = ctx.saved_tensors
+    return ops.all_to_all_like(g, splits.flip(0), x, ctx.axis), None, None, None
+
+
+@define(
+    "all_to_all_like(Tensor x, Tensor splits, Tensor like, str axis) -> Tensor",
+    lambda x, splits, like, axis: x.new_empty((like.shape[0], *x.shape[1:])),
+    (_save_all_to_all, _all_to_all_like_vjp),
+)
+def all_to_all_like(x, splits, like, axis):
+    """`all_to_all` whose result has as many rows as `like`: the way back, whose size is known."""
+    return all_to_all(x, splits, axis)
+
+
+@define(
+    "regroup(Tensor received, Tensor rows) -> (Tensor, Tensor)",
+    lambda received, rows: (received.new_empty(rows.shape[0]), received.new_empty(rows.shape[0])),
+)
+def regroup(received, rows):
+    """received (size, n) counts, rows (N', H) by source then expert -> order, inverse (N',): by expert, then source."""
+    size, n = received.shape
+    experts = torch.arange(n, device=received.device).repeat(size)
+    experts = torch.repeat_interleave(experts, received.reshape(-1), output_size=rows.shape[0])
+    order = torch.argsort(experts, stable=True)
+    return order, torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+
+
+# ---- vocabulary parallelism -----------------------------------------------------------------------------------------
+
+
+def _local_ids(ids: Tensor, size: int, axis: str) -> tuple[Tensor, Tensor]:
+    local = ids - ops.rank(ids, axis) * size
+    inside = (local >= 0) & (local < size)
+    return torch.where(inside, local, 0), inside
+
+
+def _embedding_shard_vjp(ctx, g):
+    weight, ids = ctx.saved_tensors
+    local, inside = _local_ids(ids, weight.shape[0], ctx.axis)
+    if ctx.padding_idx >= 0:
+        inside = inside & (ids != ctx.padding_idx)
+    grad = g * inside[..., None]
+    return torch.ops.aten.embedding_dense_backward(grad, local, weight.shape[0], -1, False), None, None, None
+
+
+def _save_embedding(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.padding_idx, ctx.axis = inputs[2:]
+
+
+@define(
+    "embedding_shard(Tensor weight, Tensor ids, int padding_idx, str axis) -> Tensor",
+    lambda weight, ids, padding_idx, axis: weight.new_empty((*ids.shape, weight.shape[1])),
+    (_save_embedding, _embedding_shard_vjp),
+)
+def embedding_shard(weight, ids, padding_idx, axis):
+    """weight (V/size, H) of this rank, ids (...) -> (..., H), partial: zeros for ids of other ranks' rows."""
+    local, inside = _local_ids(ids, weight.shape[0], axis)
+    return weight[local] * inside[..., None]
+
+
+def _pick_vjp(ctx, g):
+    x, target = ctx.saved_tensors
+    local, inside = _local_ids(target, x.shape[-1], ctx.axis)
+    columns = torch.arange(x.shape[-1], device=g.device)
+    return torch.where((columns == local[..., None]) & inside[..., None], g[..., None], 0), None, None
+
+
+def _save_pick(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.axis = inputs[2]
+
+
+@define(
+    "pick(Tensor x, Tensor target, str axis) -> Tensor",
+    lambda x, target, axis: x.new_empty(tuple(target.shape)),
+    (_save_pick, _pick_vjp),
+)
+def pick(x, target, axis):
+    """x (..., V/size), target (...) global indices -> (...), partial: x at the target, zero where another rank has it."""
+    local, inside = _local_ids(target, x.shape[-1], axis)
+    return x.gather(-1, local[..., None])[..., 0] * inside
+
+
+# ---- random numbers -------------------------------------------------------------------------------------------------
+
+
+@define(
+    "rand(Tensor like, Tensor seed, int salt, str axis) -> Tensor",
+    lambda like, seed, salt, axis: torch.empty_like(like, dtype=torch.float32, memory_format=torch.contiguous_format),
+)
+def rand(like, seed, salt, axis):
+    """Uniform [0, 1) fp32 in the shape of `like` from (seed, salt), and from the rank on `axis` where it is named.
+
+    seed is a 0-d int64 tensor on the host. Replay with the same seed gives the same numbers (recomputation).
+    """
+    value = (int(seed) * 0x9E3779B1 + salt * 0x85EBCA77 + (index_in(axis) + 1 if axis else 0) * 0xC2B2AE3D) % 2**63
+    generator = torch.Generator(device=like.device).manual_seed(value)
+    return torch.rand(like.shape, dtype=torch.float32, device=like.device, generator=generator)
