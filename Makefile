@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1# many processes share the cores, and waiting OpenMP threads spin
 
 .PHONY: demo test lint matrix test-211 clean
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # four processes share the cores, and waiting OpenMP threads spin
 
 import torch
 import torch.multiprocessing as mp
@@ -132,7 +133,6 @@ def run_parallel(steps: int, device: str, backend: str) -> list[float]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    os.environ["OMP_NUM_THREADS"] = "1"  # the processes share the cores
     results = mp.get_context("spawn").SimpleQueue()
     mp.spawn(train_parallel, args=(steps, device, backend, port, results), nprocs=WORLD)
     return results.get()

@@ -8,9 +8,12 @@ Fused kernels take `is_causal`, not a mask. The mask is evaluated, not guessed, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
+from tedcompile import graphs
 from tedcompile.layouts import aten, shape
 
 LIMIT = 1 << 28  # largest mask that is worth evaluating, in elements
@@ -18,7 +21,7 @@ LIMIT = 1 << 28  # largest mask that is worth evaluating, in elements
 
 def run(gm: GraphModule, ctx) -> None:
     causal: dict[Node, bool] = {}
-    values: dict[Node, object] = {}
+    values: dict[Node, Any] = {}
     for node in gm.graph.nodes:
         if node.target is not aten.scaled_dot_product_attention.default or len(node.args) < 4 or node.args[3] is None:
             continue
@@ -31,37 +34,15 @@ def run(gm: GraphModule, ctx) -> None:
     gm.graph.eliminate_dead_code()
 
 
-def _is_triangle(mask: Node, queries: int, keys: int, values: dict[Node, object]) -> bool:
+def _is_triangle(mask: Node, queries: int, keys: int, values: dict[Node, Any]) -> bool:
     if queries != keys or shape(mask)[-2:] != (queries, keys) or mask.meta["val"].numel() > LIMIT:
         return False
     try:
-        value = _evaluate(mask, values)
-    except _Unknown:
+        value = graphs.evaluate(mask, values)
+    except graphs.Unknown:
         return False
-    assert isinstance(value, torch.Tensor)
     triangle = torch.ones(queries, keys, dtype=torch.bool).tril()
     if value.dtype == torch.bool:
         return bool((value == triangle).all())
     lowest = torch.finfo(value.dtype).min
     return bool(((value == 0) == triangle).all()) and bool((value.masked_fill(triangle, lowest) <= lowest).all())
-
-
-class _Unknown(Exception):
-    pass
-
-
-def _evaluate(node: Node, values: dict[Node, object]) -> object:
-    """The real value of a node that depends on no placeholder."""
-    pending = [node]
-    while pending:
-        n = pending[-1]
-        missing = [a for a in n.all_input_nodes if a not in values]
-        if n.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()):
-            raise _Unknown
-        if missing:
-            pending.extend(missing)
-            continue
-        args, kwargs = torch.fx.map_arg((n.args, n.kwargs), values.__getitem__)
-        values[n] = n.target(*args, **kwargs)
-        pending.pop()
-    return values[node]

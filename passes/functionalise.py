@@ -53,7 +53,10 @@ INVERSE = {
 RESHAPES = {aten.view.default, aten.reshape.default, aten.squeeze.dim, aten.squeeze.default, aten.flatten.using_ints}
 SAME = {aten.alias.default, aten.detach.default, aten.contiguous.default, aten.to.dtype, aten._to_copy.default}
 FUNCTIONAL = {
-    aten.copy_.default: lambda g, v, n: g.call_function(aten.copy.default, (v, n.args[1])),
+    aten.copy_.default: lambda g, v, n: g.call_function(
+        aten.expand.default,
+        (g.call_function(aten.to.dtype, (n.args[1], v.meta["val"].dtype)), list(v.meta["val"].shape)),
+    ),
     aten.zero_.default: lambda g, v, n: g.call_function(aten.zeros_like.default, (v,)),
     aten.fill_.Scalar: lambda g, v, n: g.call_function(aten.full_like.default, (v, n.args[1])),
     aten.detach_.default: lambda g, v, n: g.call_function(aten.detach.default, (v,)),
@@ -137,7 +140,11 @@ class _Aliases:
         kwargs = torch.fx.map_arg(node.kwargs, self.current)
         if node.target in FUNCTIONAL:
             stand_in = type("Call", (), {"args": args})
-            return FUNCTIONAL[node.target](self.graph, old, stand_in)
+            new = FUNCTIONAL[node.target](self.graph, old, stand_in)
+            for made in new.all_input_nodes:
+                if "val" not in made.meta:  # the cast of a copy
+                    made.meta = {**node.meta, "val": made.args[0].meta["val"].to(made.args[1])}
+            return new
         name, overload = node.target._schema.name.split("::")[1], node.target._overloadname
         packet = getattr(getattr(torch.ops, node.target.namespace), name.rstrip("_"), None)
         if not name.endswith("_") or packet is None or overload not in packet.overloads():

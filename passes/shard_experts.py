@@ -15,6 +15,7 @@ Refuses: a number of experts that ep does not divide, weights used outside: the 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 
 from torch.fx import GraphModule, Node
@@ -25,6 +26,8 @@ from tedcompile.ops import ops
 from tedcompile.plan import CHAIN
 
 PER_EXPERT = {ops.grouped_mm.default: (1, 2), ops.per_expert.default: (0, 1)}  # (weight, counts) positions
+
+LEAVE = {ops.unpermute.default, ops.gather_sum.default, ops.take.default}  # (rows, their way back, ...)
 
 
 def run(gm: GraphModule, ctx) -> None:
@@ -56,7 +59,11 @@ def _dispatch(gm: GraphModule, node: Node, ep: int, ctx) -> str:
     if rows is None or counts is None:
         return "its rows are not used"
     readers = [u for u in counts.users if u.target in PER_EXPERT]
-    combines = [u for u in gm.graph.nodes if u.target is ops.unpermute.default and u.args[1] is out.get(2)]
+    maps = {out[i] for i in (2, 3) if i in out}
+    maps |= {u for m in maps for u in m.users if u.target in (aten.view.default, aten.reshape.default)}
+    combines = [u for u in gm.graph.nodes if u.target in LEAVE and u.args[1] in maps]
+    enters = [rows] + [u for u in gm.graph.nodes if u.target is ops.take.default and u.args[1] is out.get(3)]
+    combines = [u for u in combines if u not in enters]
     weights: list[Node] = []
     for reader in readers:
         at, _ = PER_EXPERT[reader.target]
@@ -80,21 +87,23 @@ def _dispatch(gm: GraphModule, node: Node, ep: int, ctx) -> str:
     def pick(value, i, layout=R):
         return add(operator.getitem, (value, i), layout=layout)
 
-    layout = rows.meta["layout"]
     last = max((rows, counts, *out.values()), key=lambda n: _position(graph, n))
-    with graph.inserting_after(last):
-        marker = graph.call_function(operator.add, (1, 1))
-    with graph.inserting_before(marker):
+    with _after(graph, last):
         received = add(ops.exchange_counts.default, (counts, ep, "ep"))
         splits = add(ops.splits.default, (counts, received))
-        sent = add(ops.all_to_all.default, (rows, splits, "ep"), val=rows.meta["val"], layout=layout)
-        groups = add(ops.regroup.default, (received, sent), layout=(R, R))
-        order, inverse = pick(groups, 0), pick(groups, 1)
-        there = add(ops.take.default, (sent, order, inverse), val=rows.meta["val"], layout=layout)
         local = add(aten.sum.dim_IntList, (received, [0]))
-    graph.erase_node(marker)
-    mine = {sent, there}
-    rows.replace_all_uses_with(there, delete_user_cb=lambda u: u not in mine)
+    groups = None
+    for entering in enters:
+        value, layout = entering.meta["val"], entering.meta["layout"]
+        with _after(graph, max((local if groups is None else inverse, entering), key=lambda n: _position(graph, n))):
+            sent = add(ops.all_to_all.default, (entering, splits, "ep"), entering, value, layout)
+            if groups is None:
+                groups = add(ops.regroup.default, (received, sent), layout=(R, R))
+                order, inverse = pick(groups, 0), pick(groups, 1)
+            there = add(ops.take.default, (sent, order, inverse), entering, value, layout)
+        kept = {sent, there, *combines}
+        entering.replace_all_uses_with(there, delete_user_cb=lambda u: u not in kept)  # noqa: B023
+        _unbake(graph, there, shape(entering)[0])
     for reader in readers:
         reader.args = tuple(local if a is counts else a for a in reader.args)
     for combine in combines:
@@ -107,8 +116,17 @@ def _dispatch(gm: GraphModule, node: Node, ep: int, ctx) -> str:
         combine.args = (home, *combine.args[1:])
     for weight in weights:
         weight.meta.setdefault("placements", {})["ep"] = S(0)
-    _unbake(graph, rows, there, shape(rows)[0])
     return ""
+
+
+@contextlib.contextmanager
+def _after(graph, node: Node):
+    """New nodes follow `node` in the order they are made."""
+    with graph.inserting_after(node):
+        marker = graph.call_function(operator.add, (1, 1))
+    with graph.inserting_before(marker):
+        yield
+    graph.erase_node(marker)
 
 
 def _position(graph, node: Node) -> int:
@@ -118,11 +136,11 @@ def _position(graph, node: Node) -> int:
 SIZED = {aten.view.default, aten.reshape.default, aten.expand.default, aten._unsafe_view.default}
 
 
-def _unbake(graph, rows: Node, there: Node, number: int) -> None:
+def _unbake(graph, there: Node, number: int) -> None:
     """Sizes of the body that were the static number of rows become the dispatched number."""
     reached, size = {there}, None
     for node in graph.nodes:
-        if not reached.intersection(node.all_input_nodes) or node.target is ops.take.default:
+        if not reached.intersection(node.all_input_nodes) or node.target in LEAVE:
             continue
         reached.add(node)
         if node.target in SIZED and number in node.args[1]:

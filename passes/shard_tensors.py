@@ -65,6 +65,8 @@ def run(gm: GraphModule, ctx) -> None:
             new = None if call.emit is None else graphs.emit(gm.graph, call.emit, args, kwargs, node)
         (new or node).meta["layout"] = plan.layouts.get(node, R)
         if new is None:
+            if call.args is not None:
+                node.meta["global_args"] = (None, *node.args[1:])
             node.args, node.kwargs = args, kwargs
         else:
             renamed[node] = new

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 
 from tedcompile import compat, frontends
 from tedcompile.functions import find_hooks, keep_functions
+from tedcompile.ops import ops
 
 aten = torch.ops.aten
 
@@ -73,6 +74,21 @@ def fake_weights(model: torch.nn.Module, mode) -> Iterator[None]:
             slot.update(values)
 
 
+GROUPED = {torch._grouped_mm, getattr(torch.nn.functional, "grouped_mm", None)}
+
+
+class _GroupedProducts(torch.overrides.TorchFunctionMode):
+    """torch's grouped product traces in bf16 only; in the graph it is ours, over the rows of each expert."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in GROUPED:
+            rows, weight, offsets, *rest = (*args, *(kwargs[k] for k in ("offs",) if k in kwargs))
+            if offsets is not None and rows.dim() == 2 and weight.dim() == 3 and not rest:
+                return ops.grouped_mm(rows, weight, torch.diff(offsets, prepend=offsets.new_zeros(1)).long())
+        return func(*args, **kwargs)
+
+
 def capture(model: torch.nn.Module, kwargs: dict[str, Any]) -> Captured:
     """Captures `model(**kwargs)`; only shapes and dtypes of the tensors count.
 
@@ -91,7 +107,7 @@ def capture(model: torch.nn.Module, kwargs: dict[str, Any]) -> Captured:
     inputs = [fake(leaf) for leaf in leaves]
     fake_kwargs = pytree.tree_unflatten(inputs, spec)
     try:
-        with frontends.prepared(model), fake_weights(model, mode), keep_functions(), mode:
+        with frontends.prepared(model), fake_weights(model, mode), keep_functions(), _GroupedProducts(), mode:
             program = torch.export.export(model, (), fake_kwargs, strict=False)
     except Exception as error:
         raise _explained(error, model) from error

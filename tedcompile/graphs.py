@@ -67,3 +67,26 @@ def set_facts(node: Node) -> None:
     node.meta["grad"] = floating and not cut and any(a.meta.get("grad") for a in inputs)
     sources = inputs[:1] if node.target is ops.per_expert.default else inputs
     node.meta["weights_only"] = bool(sources) and all(a.meta.get("weights_only") for a in sources)
+
+
+class Unknown(Exception):
+    """The value of a node depends on something that is not given."""
+
+
+def evaluate(node: Node, values: dict[Node, Any]) -> Any:
+    """The real value of a node that depends on nothing but the nodes in `values`, to which it adds. Else `Unknown`."""
+    pending = [node]
+    while pending:
+        n = pending[-1]
+        if n in values:
+            pending.pop()
+            continue
+        if n.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()):
+            raise Unknown(n.name)
+        missing = [a for a in n.all_input_nodes if a not in values]
+        if missing:
+            pending.extend(missing)
+            continue
+        args, kwargs = torch.fx.map_arg((n.args, n.kwargs), values.__getitem__)
+        values[n] = n.target(*args, **kwargs)
+    return values[node]

@@ -94,7 +94,9 @@ class Call:
         return self.layouts[a] if isinstance(a, Node) else R
 
     def arg(self, i: int, default: Any = None) -> Any:
-        return self.node.args[i] if len(self.node.args) > i else default
+        """An argument as the global op has it, also where the node holds a local one already."""
+        args = self.node.meta.get("global_args", self.node.args)
+        return args[i] if len(args) > i else default
 
     def need(self, a: Any, layout: Layout) -> None:
         if isinstance(a, Node):
@@ -190,6 +192,11 @@ def pointwise(c: Call) -> Layout:
                 for a in others:
                     c.need(a, P)
                 return P
+        if c.node.target is aten.mul.Tensor and len(partial) == 1 and len(others) == 1:
+            small = math.prod(shape(others[0])) * 2 <= math.prod(shape(partial[0]))
+            if small and c.layout(others[0]).kind in "RE" and shape(partial[0]) == shape(c.node):
+                c.need(others[0], E)  # linear in the partial operand, so its sum can wait
+                return P
         return c.default()
     first = c.layout(sharded[0])
     rel = first.dim - ndim(sharded[0])
@@ -252,7 +259,8 @@ def split_dim_after_view(before: tuple[int, ...], after: tuple[int, ...], layout
     raise NoRule(f"a view of {before} as {after} mixes the dim that is split")
 
 
-@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int)
+@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+      aten.view_as.default, aten.reshape_as.default)  # fmt: skip
 def _view(c: Call) -> Layout:
     a = c.node.args[0]
     layout = c.layout(a)
@@ -729,6 +737,11 @@ def _unpermute(c: Call) -> Layout:
         return c.default()
     c.need(weights, E)
     return layout
+
+
+@rule(ops.gather_sum.default)
+def _gather_sum(c: Call) -> Layout:
+    return _rows(c)
 
 
 @rule(ops.per_expert.default)

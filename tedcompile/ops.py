@@ -187,8 +187,8 @@ def _fake_permute(x, index, experts):
     "permute(Tensor x, Tensor index, int experts) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_permute,
     (
-        lambda ctx, inputs, output: ctx.save_for_backward(output[2]),
-        lambda ctx, rows, counts, perm, order: (ops.gather_sum(rows, ctx.saved_tensors[0]), None, None),
+        lambda ctx, inputs, output: ctx.save_for_backward(*output[2:]),
+        lambda ctx, rows, counts, perm, order: (ops.gather_sum(rows, *ctx.saved_tensors), None, None),
     ),
 )
 def permute(x, index, experts):
@@ -205,9 +205,16 @@ def permute(x, index, experts):
     return x[order // index.shape[1]], counts, perm.view(index.shape), order
 
 
-@define("gather_sum(Tensor rows, Tensor perm) -> Tensor", lambda rows, perm: rows.new_empty(perm.shape[0], rows.shape[1]))
-def gather_sum(rows, perm):
-    """rows (N, H), perm (T, K) -> (T, H): the sum of each token's K rows, in slot order (no atomic add)."""
+@define(
+    "gather_sum(Tensor rows, Tensor perm, Tensor order) -> Tensor",
+    lambda rows, perm, order: rows.new_empty(perm.shape[0], rows.shape[1]),
+    (
+        lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
+        lambda ctx, g: (g[ctx.saved_tensors[1] // ctx.saved_tensors[0].shape[1]], None, None),
+    ),
+)
+def gather_sum(rows, perm, order):
+    """rows (N, H), perm (T, K), order (N,) -> (T, H): the sum of each token's K rows, in slot order (no atomic add)."""
     return rows[perm].sum(1)
 
 

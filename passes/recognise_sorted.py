@@ -1,0 +1,207 @@
+"""Sorted slots and a grouped product become the canonical MoE ops.
+
+What a user writes (x (T, H), index (T, K) from a top-k, stacked weights (E, H, I)):
+
+    flat = index.flatten();  order = flat.argsort();  offsets = flat.bincount(minlength=E).cumsum(0)
+    rows = x[order // K];  h = act(grouped_mm(rows, up, offsets) + up_bias[flat[order]])
+    y = grouped_mm(h, down, offsets) * weights.flatten()[order, None]
+    out = zeros_like(x).index_add(0, order // K, y)        # or y[order.argsort()].view(T, K, H).sum(1), or a scatter
+
+After:  rows, counts, perm, order = permute(x, index);  grouped_mm(rows, up, counts);  per_expert(up_bias, counts)
+        take(weights.flatten(), order);  out = gather_sum(y, perm)
+
+There are many ways to write the integers, so they are not matched: they are evaluated on random and skewed routings,
+and an index that equals the token, slot, expert or inverse of each row on all of them is taken for it. Everything
+between is left as it is. A grouped product whose integers are something else stays as written, replicated.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tedcompile import graphs
+from tedcompile.capture import module_path, source_line
+from tedcompile.layouts import aten, shape
+from tedcompile.ops import ops
+
+ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.full.default, aten.full_like.default}
+
+
+def run(gm: GraphModule, ctx) -> None:
+    done: set[Node] = set()
+    for node in list(gm.graph.nodes):
+        if node.target is not ops.grouped_mm.default or node.args[2] in done or _canonical(node.args[2]):
+            continue
+        done.add(node.args[2])
+        reason = _Block(gm, node).rewrite()
+        if reason:
+            at = source_line(node) or module_path(node)
+            ctx.replicated.append((node, f"the grouped product at {at} is not a dispatch to experts: {reason}"))
+    gm.graph.eliminate_dead_code()
+
+
+def _canonical(counts: Node) -> bool:
+    return counts.target is operator.getitem and counts.args[0].target is ops.permute.default
+
+
+def _static(value) -> bool:
+    """A tensor whose sizes are all numbers (a bincount's are not)."""
+    return isinstance(value, torch.Tensor) and all(isinstance(s, int) for s in value.shape)
+
+
+class _Block:
+    """One MoE block, found from a grouped product."""
+
+    def __init__(self, gm: GraphModule, node: Node):
+        self.gm, self.node = gm, node
+        self.rows, self.experts = shape(node.args[0])[0], shape(node.args[1])[0]
+
+    def rewrite(self) -> str:
+        index = self.routing()
+        if index is None:
+            return "its group sizes do not come from a choice of experts alone"
+        self.k = shape(index)[-1] if len(shape(index)) > 1 else 1
+        trials = self.trials(index)
+        roles = self.roles(index, trials)
+        tokens = [n for n in self.readers(roles, "token", 0) if len(shape(n.args[0])) == 2]
+        if not tokens:
+            return "its rows are not tokens taken in the order of their experts"
+        return self.replace(index, tokens[0], roles)
+
+    def routing(self) -> Node | None:
+        """The nearest integer value, one for each slot, that decides the group sizes."""
+        seen, front = set(), [self.node.args[2]]
+        while front:
+            n = front.pop(0)
+            if n in seen:
+                continue
+            seen.add(n)
+            value = n.meta.get("val")
+            if _static(value) and not value.is_floating_point() and value.numel() == self.rows:
+                source = n.args[0] if n.target is operator.getitem else n
+                made_of = [a.meta["val"] for a in source.all_input_nodes]
+                if (not made_of or any(v.is_floating_point() for v in made_of)) and self.proves(n):
+                    return n
+            front.extend(a for a in n.all_input_nodes if a.meta.get("val") is not None)
+        return None
+
+    def trials(self, index: Node) -> list[dict[Node, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        size, dtype = shape(index), index.meta["val"].dtype
+        uniform = torch.randint(self.experts, size, generator=generator)
+        skewed = torch.randint(max(self.experts // 2, 1), size, generator=generator)
+        return [{index: t.to(dtype)} for t in (uniform, skewed, torch.zeros(size))]
+
+    def proves(self, index: Node) -> bool:
+        try:
+            for values in self.trials(index):
+                counts = graphs.evaluate(self.node.args[2], values)
+                if not torch.equal(counts.long(), values[index].flatten().long().bincount(minlength=self.experts)):
+                    return False
+        except (graphs.Unknown, RuntimeError, IndexError):
+            return False
+        return True
+
+    def roles(self, index: Node, trials: list[dict]) -> dict[Node, str]:
+        """Which integer values are, on every trial, the counts, or the token, slot, expert or inverse of the rows."""
+        found: dict[Node, set[str]] = {}
+        depends = {index}
+        for n in self.gm.graph.nodes:
+            if n is index or not depends.intersection(n.all_input_nodes):
+                continue
+            value = n.meta.get("val")
+            if not isinstance(value, torch.Tensor):
+                depends.add(n)
+                continue
+            if value.is_floating_point() and not (_static(value) and value.numel() == self.experts):
+                continue  # histograms are counted in floats; what is larger is activations
+            depends.add(n)
+            found[n] = {"counts", "token", "slot", "expert", "inverse"}
+        for values in trials:
+            flat = values[index].flatten().long()
+            order = flat.argsort(stable=True)
+            truth = {
+                "counts": flat.bincount(minlength=self.experts),
+                "token": order // self.k,
+                "slot": order,
+                "expert": flat[order],
+                "inverse": order.argsort(),
+            }
+            for n in list(found):
+                try:
+                    value = graphs.evaluate(n, values)
+                except (graphs.Unknown, RuntimeError, IndexError):
+                    del found[n]
+                    continue
+                found[n] = {r for r in found[n] if value.shape == truth[r].shape and bool((value == truth[r]).all())}
+        return {n: next(iter(r)) for n, r in found.items() if len(r) == 1}
+
+    def readers(self, roles: dict[Node, str], role: str, dim: int) -> list[Node]:
+        """Nodes `x[i]` whose only index i, on the first dim, has the role."""
+        found = []
+        for n, r in roles.items():
+            if r == role:
+                for u in n.users:
+                    if (u.target is aten.index.Tensor and list(u.args[1]) == [n]) or (
+                        u.target is aten.index_select.default and u.args[1] == 0 and u.args[2] is n
+                    ):
+                        found.append(u)
+        order = {n: i for i, n in enumerate(self.gm.graph.nodes)}
+        return sorted(found, key=order.__getitem__)
+
+    def replace(self, index: Node, first: Node, roles: dict[Node, str]) -> str:
+        graph = self.gm.graph
+        tokens = self.rows // self.k
+
+        def add(target, args, like, val=None):
+            return graphs.call(graph, target, args, like, val)
+
+        with graph.inserting_before(first):
+            flat = add(aten.reshape.default, (index, [tokens, self.k]), first)
+            dispatch = add(ops.permute.default, (first.args[0], flat, self.experts), first)
+            rows, counts, perm, order = (add(operator.getitem, (dispatch, i), first) for i in range(4))
+            back = add(aten.reshape.default, (perm, [-1]), first)
+        late = {n: i for i, n in enumerate(graph.nodes)}
+        changed: list[tuple[Node, Node]] = [(first, rows)]
+
+        def swap(old: Node, target, args) -> None:
+            with graph.inserting_before(old):
+                changed.append((old, add(target, args, old, old.meta["val"])))
+
+        for u in self.readers(roles, "token", 0)[1:]:
+            if u.args[0] is first.args[0]:
+                changed.append((u, rows))
+            else:
+                with graph.inserting_before(u):
+                    slots = add(aten.repeat_interleave.self_int, (u.args[0], self.k, 0), u)
+                swap(u, ops.take.default, (slots, order, back))
+        for u in self.readers(roles, "slot", 0):
+            swap(u, ops.take.default, (u.args[0], order, back))
+        for u in self.readers(roles, "inverse", 0):
+            swap(u, ops.take.default, (u.args[0], back, order))
+        for u in self.readers(roles, "expert", 0):
+            if u.args[0].meta["val"].is_floating_point():
+                swap(u, ops.per_expert.default, (u.args[0], counts, rows))
+        for n, role in roles.items():
+            for u in list(n.users):
+                source = u.args[0] if u.args else None
+                zeros = isinstance(source, Node) and source.target in ZEROS
+                if role == "token" and u.target is aten.index_add.default and u.args[1:3] == (0, n) and zeros:
+                    swap(u, ops.gather_sum.default, (u.args[3], perm, order))
+                elif u.target is aten.index_put.default and list(u.args[1]) == [n]:
+                    adds = len(u.args) > 3 and u.args[3]
+                    if role == "slot" and (zeros or not adds) and shape(source)[0] == self.rows:
+                        swap(u, ops.take.default, (u.args[2], back, order))
+                    elif role == "token" and adds and zeros:
+                        swap(u, ops.gather_sum.default, (u.args[2], perm, order))
+                elif u.target is ops.grouped_mm.default and u.args[2] is n and late[u] > late[back]:
+                    u.args = (u.args[0], u.args[1], counts)
+        for old, new in changed:
+            old.replace_all_uses_with(new)
+        for old, _ in reversed(changed):
+            if not old.users:
+                graph.erase_node(old)
+        return ""

@@ -1,0 +1,122 @@
+"""The whole product of models, meshes and scenarios: python -m tests.parity.matrix [--write tests/parity/MATRIX.md]
+
+Prints a row for each case as it ends; the exit code is 1 when a case fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import pathlib
+import sys
+import time
+
+import torch
+from tabulate import tabulate
+
+from tests import models
+from tests.parity.harness import SCENARIOS, STEPS, Case, Pool
+
+SMALL_MESHES = [mesh for mesh in itertools.product((1, 2), repeat=3) if mesh != (2, 2, 2)]
+LARGE_MESHES = [(1, 4, 2), (2, 2, 2), (1, 2, 4)]
+LARGE_MODELS = ["qwen3_moe", "deepseek_v3"]
+HEADERS = [
+    "model",
+    "dp x ep x tp",
+    "scenario",
+    "backend",
+    "loss",
+    "gradient",
+    "update",
+    "held",
+    "experts",
+    "s",
+    "result",
+]
+WIDTHS = (18, 12, 17, 8, 8, 8, 8, 5, 7, 6, 6)
+
+
+def product() -> list[Case]:
+    """All cases, ordered by world size: every scenario on every mesh that can show it."""
+    pairs = [(model, mesh) for mesh in SMALL_MESHES for model in models.BASE]
+    pairs += [(model, mesh) for mesh in LARGE_MESHES for model in LARGE_MODELS]
+    cases = [Case(model, mesh, name) for model, mesh in pairs for name, s in SCENARIOS.items() if s.needs(*mesh)]
+    cases += [Case(model, mesh) for mesh in SMALL_MESHES for model in models.VARIANTS]
+    cases += [Case(model, (1, 1, 4), "few_tokens") for model in models.BASE]
+    cases += [Case(model, (1, 4, 1), "ep_equals_experts") for model in models.BASE]
+    cases += [Case("qwen3_moe_kv2", (1, 1, 4))]
+    cases += [Case(model, (1, 2, 2), backend="inductor") for model in models.BASE]
+    return sorted(cases, key=lambda case: case.world)
+
+
+def row(case: Case, result: dict) -> list[str]:
+    numbers = [""] * 5
+    if "loss_error" in result:
+        errors = (result["loss_error"], result["worst_gradient"][1], result["worst_update"][1])
+        fractions = (result["param_fraction"], result["expert_fraction"])
+        numbers = [*(f"{e:.1e}" for e in errors), *(f"{f:.0%}" for f in fractions)]
+    name = [case.model, " x ".join(map(str, case.mesh)), case.scenario, case.backend]
+    return [*name, *numbers, f"{result['seconds']:.1f}", "ok" if result["ok"] else "FAILED"]
+
+
+def line(cells: list[str]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS))
+
+
+def markdown(rows: list[list[str]], failures: list[str], seconds: float) -> str:
+    import transformers
+
+    lines = [
+        "# Parity matrix",
+        "",
+        f"{len(rows)} cases, {len(failures)} failed, in {seconds / 60:.0f} minutes on {datetime.date.today()}; "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, gloo processes on a CPU, fp32, "
+        f"{STEPS} steps of plain SGD. Made by `python -m tests.parity.matrix --write tests/parity/MATRIX.md`.",
+        "",
+        "loss, gradient, update: the largest relative errors against the plain model in one process (limits 1e-6, 1e-5,"
+        " 1e-5). held, experts: the part of all parameters, and of the experts, that one rank holds.",
+        "",
+        tabulate(rows, HEADERS, tablefmt="github", disable_numparse=True),
+    ]
+    if failures:
+        lines += ["", "## Failures", "", "```", *failures, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=models.MODELS, metavar="MODEL", default=list(models.MODELS))
+    parser.add_argument("--meshes", nargs="+", metavar="DPxEPxTP", help="such as 1x2x2")
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, metavar="SCENARIO", default=list(SCENARIOS))
+    parser.add_argument("--backends", nargs="+", choices=("eager", "inductor"), default=["eager", "inductor"])
+    parser.add_argument("--write", type=pathlib.Path, metavar="FILE", help="the markdown file to write")
+    options = parser.parse_args()
+
+    cases = [
+        case
+        for case in product()
+        if case.model in options.models
+        and (not options.meshes or "x".join(map(str, case.mesh)) in options.meshes)
+        and case.scenario in options.scenarios
+        and case.backend in options.backends
+    ]
+    rows, failures, start = [], [], time.monotonic()
+    print(line(HEADERS), flush=True)
+    for world, group in itertools.groupby(cases, key=lambda case: case.world):
+        with Pool(world) as pool:
+            for case in group:
+                (result,) = pool.run([case])
+                rows.append(row(case, result))
+                print(line(rows[-1]), flush=True)
+                if not result["ok"]:
+                    failures.append(f"{case}\n{result['message']}\n")
+                    print(result["message"], flush=True)
+                if options.write:
+                    options.write.write_text(markdown(rows, failures, time.monotonic() - start))
+    print(f"{len(rows)} cases, {len(failures)} failed, {time.monotonic() - start:.0f} s")
+    return 1 if failures or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Parity on real processes: every model on one mesh, every other mesh in every scenario. matrix.py has it all."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+
+from tests import models
+from tests.parity.harness import GRADIENT_TOLERANCE, SCENARIOS, Case, Pool
+
+OTHER_MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2)]
+
+CASES = [Case(model, (1, 2, 2)) for model in models.MODELS]
+# Every pair of mesh and scenario, with the models in turn.
+CASES += [
+    Case(model, mesh, scenario)
+    for model, (mesh, scenario) in zip(
+        itertools.cycle(models.BASE),
+        [(mesh, name) for mesh in OTHER_MESHES for name, s in SCENARIOS.items() if s.needs(*mesh)],
+    )
+]
+CASES += [
+    Case("gpt_oss", (1, 1, 4), "few_tokens"),
+    Case("nano_moe", (1, 1, 4), "few_tokens"),
+    Case("qwen3_moe_kv2", (1, 1, 4)),  # tp does not divide the key/value heads
+    Case("mixtral", (1, 4, 1), "ep_equals_experts"),
+    Case("shared_expert_moe", (1, 4, 1), "ep_equals_experts"),
+    Case("qwen3_moe", (1, 4, 2), "ep_equals_experts"),
+    Case("qwen3_moe", (2, 2, 2), "ignored_labels"),
+    Case("qwen3_moe", (1, 2, 4), "few_tokens"),
+    Case("deepseek_v3", (1, 4, 2), "one_expert"),
+    Case("deepseek_v3", (2, 2, 2), "starved_expert"),
+    Case("deepseek_v3", (1, 2, 4), "plain"),
+    Case("olmoe", (1, 2, 1), all_axes=False),
+    Case("gpt_oss", (1, 1, 2), example_inputs=False),
+]
+COMPILED = [Case(model, (1, 2, 2), backend="inductor") for model in ("qwen3_moe", "deepseek_v3", "nano_moe")]
+
+
+@pytest.fixture(scope="session")
+def run():
+    """Runs a case in the processes of its world size, which are started once."""
+    with contextlib.ExitStack() as stack:
+        pools: dict[int, Pool] = {}
+
+        def run(case: Case) -> dict:
+            if case.world not in pools:
+                pools[case.world] = stack.enter_context(Pool(case.world))
+            return pools[case.world].run([case])[0]
+
+        yield run
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(c, marks=pytest.mark.slow) for c in COMPILED)], ids=str)
+def test_parity(run, case):
+    result = run(case)
+    assert result["ok"], f"{case}\n{result['message']}"
+    _, ep, tp = case.mesh
+    assert result["expert_fraction"] == pytest.approx(1 / (ep * tp)), "experts are not split over ep and tp"
+    if tp == 2:
+        assert result["param_fraction"] <= 0.6, "tensor parallelism did not happen"
+
+
+def test_an_unreduced_gradient_fails(run):
+    result = run(Case("qwen3_moe", (1, 2, 1), sabotage="no_reduction"))
+    assert not result["ok"]
+    assert result["worst_gradient"][1] > 0.1
+    assert "bit-equal" in result["message"]
+
+
+def test_a_wrong_factor_of_one_expert_gradient_fails(run):
+    result = run(Case("qwen3_moe", (1, 2, 1), sabotage="scale_expert_gradient"))
+    assert not result["ok"]
+    assert result["worst_gradient"] == ("model.layers.0.mlp.experts.gate_up_proj", pytest.approx(1.0, rel=1e-3))
+
+
+def test_ranks_that_drift_apart_fail(run):
+    result = run(Case("qwen3_moe", (1, 2, 1), sabotage="drift"))
+    assert not result["ok"]
+    assert result["worst_gradient"][1] < GRADIENT_TOLERANCE
+    assert "model.norm.weight is not bit-equal among ep ranks" in result["message"]
+
+
+def test_a_rank_that_raises_is_reported_and_the_next_case_runs(run):
+    result = run(Case("no_such_model", (1, 2, 1)))
+    assert not result["ok"]
+    assert "KeyError: 'no_such_model'" in result["message"]
+    assert run(Case("nano_moe", (1, 2, 1)))["ok"]
