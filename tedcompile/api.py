@@ -131,6 +131,8 @@ def _shard(whole: torch.Tensor, old: torch.Tensor, placements: dict[str, Layout]
         parts = [s.chunk(size, layout.dim)[groups.rank[axis]] for s in local.split(sections, layout.dim)]
         local = torch.cat(parts, layout.dim)
         spec.append(compat.strided_shard(layout.dim, len(sections)) if len(sections) > 1 else Shard(layout.dim))
-    local = local.clone() if local.data_ptr() == old.data_ptr() else local.contiguous()
+    if local.numel() < whole.numel():
+        local = local.clone(memory_format=torch.contiguous_format)  # not a view that keeps the whole alive
+    local = local.contiguous()
     tensor = compat.dtensor(local, groups.mesh, spec, whole.shape, whole.contiguous().stride())
     return torch.nn.Parameter(tensor, requires_grad=old.requires_grad)

@@ -291,7 +291,7 @@ class _Run:
 
     plan: int
     ints: list[int]
-    shapes: list[torch.Size]  # of the saved tensors
+    shapes: list[torch.Size | None]  # that the saved tensors are reshaped to
     output: _Template
     output_ints: list[int]
     order: list[int]  # of the op's outputs in it: a tensor returned twice has all its gradient in the last
@@ -318,11 +318,18 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_apply_does(autocast: str = "") -> Iterator[None]:
-    """Autograd as `Function.apply` sets it for the methods of a class: off, but it can be enabled."""
+    """Autograd as `Function.apply` sets it for the methods of a class: off, but it can be enabled.
+
+    A kernel runs below autograd: `inference_mode(False)` brings that back, but not the tracking of views and writes.
+    """
+    tracking = torch._C.DispatchKey.ADInplaceOrView
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(_thread, "inside", True))
-        stack.enter_context(torch.inference_mode(False))  # a kernel runs below autograd; this brings it back
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(tracking)
+        stack.callback(torch._C._dispatch_tls_set_dispatch_key_excluded, tracking, excluded)
+        torch._C._dispatch_tls_set_dispatch_key_excluded(tracking, False)
         if autocast:
             device, dtype = autocast.split()
             stack.enter_context(torch.autocast(device, getattr(torch, dtype), cache_enabled=False))
@@ -374,7 +381,7 @@ def _call_backward(function: _Function, plan: _Plan, grads: Sequence, saved: Seq
         needs = [source < len(plan.needs) and plan.needs[source] for source in plan.sources]
         saved = [t.detach().requires_grad_(need and not t.is_inference()) for t, need in zip(saved, needs)]
         ctx.to_save, attributes = plan.state.fill(saved, ints)
-        vars(ctx).update(attributes)
+        ctx.__dict__.update(attributes)
         method = cls.backward if cls.vjp is Function.vjp else cls.vjp
         results = method(ctx, list(grads)) if getattr(cls, "boxed_grads_call", False) else method(ctx, *grads)
     results = results if isinstance(results, tuple) else (results,)
@@ -390,22 +397,26 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def _equal(xs: Sequence[int], ys: Sequence[int]) -> bool:
+    return len(xs) == len(ys) and all(statically_known_true(x == y) for x, y in zip(xs, ys))
+
+
 def _same_values(a: Tensor, b: Tensor) -> bool:
     """Whether a is b, or a reshape of it without a copy."""
-    known = lambda xs, ys: len(xs) == len(ys) and all(statically_known_true(x == y) for x, y in zip(xs, ys))
     if _storage(a) != _storage(b) or a.dtype != b.dtype or a.is_conj() != b.is_conj() or a.is_neg() != b.is_neg():
         return False
-    if not known([a.storage_offset()], [b.storage_offset()]):
+    if not _equal([a.storage_offset()], [b.storage_offset()]):
         return False
-    same = known(a.shape, b.shape) and known(a.stride(), b.stride())
-    return same or (known([a.numel()], [b.numel()]) and a.is_contiguous() and b.is_contiguous())
+    if _equal(a.shape, b.shape) and _equal(a.stride(), b.stride()):
+        return True
+    return _equal([a.numel()], [b.numel()]) and a.is_contiguous() and b.is_contiguous()
 
 
 def _own(tensors: Sequence[Tensor], others: Sequence[Tensor], foreign: Sequence[bool]) -> list[Tensor]:
     """The tensors, cloned where foreign or sharing memory with one another or `others`: an op's outputs may not."""
     taken, results = {_storage(t) for t in others}, []
     for tensor, other in zip(tensors, foreign):
-        copy = other or _storage(tensor) in taken or not statically_known_true(tensor.storage_offset() == 0)
+        copy = other or _storage(tensor) in taken or not _equal([tensor.storage_offset()], [0])
         results.append(tensor.detach().clone() if copy else tensor.detach())
         taken.add(_storage(tensor))
     return results
@@ -438,8 +449,8 @@ def _keep(function: _Function, inputs: list[Tensor], needs: Sequence[bool], outp
         needs=tuple(needs),
     )
     last = {id(t): i for i, t in enumerate(outputs)}
-    shapes, order = [t.shape for t in saved], [last[id(t)] for t in outputs]
-    _thread.run = _Run(-1, ints, shapes, template, output_ints, order)
+    shapes = [None if _equal(t.shape, known[i].shape) else t.shape for t, i in zip(saved, sources)]
+    _thread.run = _Run(-1, ints, shapes, template, output_ints, [last[id(t)] for t in outputs])
     return plan, outputs, saved, known[len(inputs) :]
 
 
@@ -531,7 +542,7 @@ def _vjp(ctx, output_grads):
         if position is not None:
             zeros = grad is None and plan.materialize
             grads[position] = torch.zeros(shape, dtype=dtype, device=device) if zeros else grad
-    saved = [t if same else t.reshape(shape) for t, shape, same in zip(ctx.saved_tensors, run.shapes, ctx.same)]
+    saved = [t if shape is None else t.reshape(shape) for t, shape in zip(ctx.saved_tensors, run.shapes)]
     results = torch.ops.tedfn.backward(ctx.name, run.plan, grads, saved, run.ints, ctx.sizes)
     tensor_grads: list[Tensor | None] = [None] * len(plan.needs)
     for i, result in zip(plan.wanted(), results):

@@ -225,6 +225,20 @@ rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.whe
 )
 
 
+@rule(aten.dropout.default)
+def _dropout(c: Call) -> Layout:
+    layout = c.layout(c.node.args[0])
+    return layout if layout.kind == "S" else c.default()  # `randomness` draws the numbers
+
+
+@rule(ops.rand.default)
+def _rand(c: Call) -> Layout:
+    layout = c.layout(c.node.args[0])
+    if (layout.kind == "S") != (c.node.args[4] == "tp"):
+        raise NoRule("random numbers of tp ranks must differ exactly where the value is split")
+    return layout if layout.kind == "S" else R
+
+
 @rule(aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default)
 def _factory(c: Call) -> Layout:
     return R  # reads only the dtype and device of its operand

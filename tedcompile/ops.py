@@ -48,6 +48,10 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
+# for ops that read a differentiable tensor and whose result has no gradient
+NO_GRADIENT = (lambda ctx, inputs, output: setattr(ctx, "count", len(inputs)), lambda ctx, *_: (None,) * ctx.count)
+
+
 def same(x: Tensor, *_) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -164,7 +168,7 @@ def ungather(out: Tensor, dim: int, size: int, sections: list[int]) -> Tensor:
     return torch.cat([part for each in zip(*(b.split(local, dim) for b in blocks), strict=True) for part in each], dim)
 
 
-@define("rank(Tensor like, str axis) -> Tensor", lambda like, axis: like.new_empty((), dtype=torch.int64))
+@define("rank(Tensor like, str axis) -> Tensor", lambda like, axis: like.new_empty((), dtype=torch.int64), NO_GRADIENT)
 def rank(like, axis):
     """This rank's index on the axis, a 0-d int64 tensor on the device of `like`: graphs hold no rank as a constant."""
     return torch.full((), index_in(axis), dtype=torch.int64, device=like.device)
@@ -383,6 +387,7 @@ def all_to_all_like(x, splits, like, axis):
 @define(
     "regroup(Tensor received, Tensor rows) -> (Tensor, Tensor)",
     lambda received, rows: (received.new_empty(rows.shape[0]), received.new_empty(rows.shape[0])),
+    NO_GRADIENT,
 )
 def regroup(received, rows):
     """received (size, n) counts, rows (N', H) by source then expert -> order, inverse (N',): by expert, then source."""
@@ -454,14 +459,16 @@ def pick(x, target, axis):
 
 
 @define(
-    "rand(Tensor like, Tensor seed, int salt, str axis) -> Tensor",
-    lambda like, seed, salt, axis: torch.empty_like(like, dtype=torch.float32, memory_format=torch.contiguous_format),
+    "rand(Tensor like, Tensor seed, int salt, str kind, str axis) -> Tensor",
+    lambda like, seed, salt, kind, axis: like.new_empty(tuple(like.shape), dtype=torch.float32),
+    NO_GRADIENT,
 )
-def rand(like, seed, salt, axis):
-    """Uniform [0, 1) fp32 in the shape of `like` from (seed, salt), and from the rank on `axis` where it is named.
+def rand(like, seed, salt, kind, axis):
+    """fp32 in the shape of `like`, "uniform" in [0, 1) or "normal", from (seed, salt) and the rank on `axis` if named.
 
     seed is a 0-d int64 tensor on the host. Replay with the same seed gives the same numbers (recomputation).
     """
     value = (int(seed) * 0x9E3779B1 + salt * 0x85EBCA77 + (index_in(axis) + 1 if axis else 0) * 0xC2B2AE3D) % 2**63
     generator = torch.Generator(device=like.device).manual_seed(value)
-    return torch.rand(like.shape, dtype=torch.float32, device=like.device, generator=generator)
+    draw = torch.randn if kind == "normal" else torch.rand
+    return draw(like.shape, dtype=torch.float32, device=like.device, generator=generator)

@@ -14,7 +14,7 @@ from tedcompile import graphs
 from tedcompile.capture import Captured
 from tedcompile.layouts import Layout
 from tedcompile.mesh import MeshShape
-from tedcompile.passes import causal_mask, check, functionalise, recognise_sorted, shard_experts, shard_tensors, sum_buffers
+from tedcompile.passes import causal_mask, check, functionalise, randomness, recognise_sorted, shard_experts, shard_tensors, sum_buffers
 
 # ted op -> the kind of collective that a reader knows
 KINDS = {
@@ -26,8 +26,10 @@ FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("functionalise", functionalise.run),
     ("recognise_sorted", recognise_sorted.run),
     ("causal_mask", causal_mask.run),
+    ("expand_random", randomness.expand),
     ("shard_tensors", shard_tensors.run),
     ("shard_experts", shard_experts.run),
+    ("randomness", randomness.run),
     ("sum_buffers", sum_buffers.run),
 ]
 CHECKED_FROM = "shard_tensors"

@@ -107,6 +107,8 @@ class Runtime:
                 values.append(self.slot("buffer", name))
             elif kind == "constant":
                 values.append(program.constants[name])
+            elif kind == "seed":
+                values.append(self.seed())
             else:
                 values.append(leaves[name].to(device, non_blocking=True))
         results = list(program.run(*values))
@@ -114,6 +116,13 @@ class Runtime:
             self.slot("buffer", name).copy_(results.pop().detach())
         out = dict(zip(program.kept, results, strict=True))
         return pytree.tree_unflatten([out.get(i) for i in range(program.leaves)], program.spec)
+
+    def seed(self) -> torch.Tensor:
+        """One call's seed, 0-d int64: from rank 0's default generator, equal on tp ranks, different on data ranks."""
+        seed = torch.randint(2**31, (), dtype=torch.int64)
+        if self.groups.host is not None:
+            dist.broadcast(seed, group_src=0, group=self.groups.host)
+        return seed * self.groups.shape["data"] + self.groups.rank["data"]
 
     def slot(self, kind: str, name: str) -> torch.Tensor:
         entries, leaf = self.slots[name]
@@ -212,6 +221,8 @@ class Runtime:
             elif kind == "constant":
                 captured.constants[name] = captured.constants[name].to(device)
                 inputs.append(captured.constants[name])
+            elif kind == "seed":
+                inputs.append(torch.zeros((), dtype=torch.int64))
             else:
                 inputs.append(leaves[name].to(device))
         autocast = None

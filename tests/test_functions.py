@@ -3,13 +3,13 @@
 import contextlib
 import copy
 import functools
-import warnings
+import inspect
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import Function
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tedcompile import compat, functions
 from tedcompile.functions import find_hooks, keep_functions
@@ -168,7 +168,9 @@ class GradInForward(Function):
     def forward(ctx, x):
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            loss = (leaf**3).sum()
+            cube = leaf**3
+            cube[0].mul_(5)
+            loss = cube.sum()
             (ctx.grad,) = torch.autograd.grad(loss, leaf)
         return loss
 
@@ -279,9 +281,10 @@ def Needs_body(m, x):
     return Needs.apply(m.w * 2, m.b * x).sum()
 
 
-def reference(model, x):
+def reference(model, x, region=None):
     model = copy.deepcopy(model)
-    loss = model(x)
+    with region or contextlib.nullcontext():
+        loss = model(x)
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
 
@@ -315,6 +318,8 @@ def joint(module, x, decompositions=None, **compilers):
     real = {n: p.detach().clone().requires_grad_(p.requires_grad) for n, p in module.named_parameters()}
     module = copy.deepcopy(module)
     for sub in module.modules():
+        for node in getattr(sub, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("unbacked_bindings", None)
         for name, p in sub._parameters.items():
             fake = mode.from_tensor(p.detach(), static_shapes=True)
             sub._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
@@ -375,7 +380,7 @@ class Cast(Function):
     def backward(ctx, g):
         x, w = ctx.saved_tensors
         assert ctx.low
-        return 3 * (g.float() @ w.t()), x.t() @ g.float()
+        return 3 * (g.float() @ w.float().t()), x.float().t() @ g.float()
 
 
 @pytest.mark.parametrize("run", [run_module, run_decomposed, run_joint])
@@ -390,12 +395,12 @@ def test_autocast_region(run):
 
 
 def test_autocast_around_the_compiled_step():
-    model, x = Model(lambda m, x: Cast.apply(m.w * x, m.square).float().sum()), torch.randn(3, 4)
+    model, x = Model(lambda m, x: Cast.apply(m.w * x, m.square).sum()), torch.randn(3, 4)
     program = captured(model, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = reference(model, x)
+    region = lambda: torch.autocast("cpu", torch.bfloat16)
+    with region():
         step = joint(program.module(), x)
-    check(step(), expected)
+    check(step(), reference(model, x, region()))
 
 
 def test_no_grad_region_has_no_gradient():
@@ -524,3 +529,151 @@ def test_capture_on_fake_parameters_leaks_none():
     loss.backward()
     grads = dict(zip((n for n, _ in model.named_parameters()), (p.grad for p in parameters)))
     check((loss.detach(), grads), reference(model, x))
+
+
+def test_triton_launches_are_skipped_at_capture(monkeypatch):
+    triton = pytest.importorskip("triton")
+    language = pytest.importorskip("triton.language")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    @triton.jit
+    def scale(x, y, factor, n, BLOCK: language.constexpr):
+        at = language.program_id(0) * BLOCK + language.arange(0, BLOCK)
+        language.store(y + at, language.load(x + at, mask=at < n) * factor, mask=at < n)
+
+    def launch(x, factor):
+        y = torch.empty_like(x)
+        scale[(triton.cdiv(x.numel(), 8),)](x, y, factor, x.numel(), BLOCK=8)
+        return y
+
+    class Scale(Function):
+        @staticmethod
+        def forward(ctx, x):
+            return launch(x, 2.0)
+
+        @staticmethod
+        def backward(ctx, g):
+            return launch(g.contiguous(), 3.0)
+
+    model, x = Model(lambda m, x: Scale.apply(m.w * x).sum()), torch.randn(3, 4)
+    check(run_joint(captured(model, x), x), reference(model, x))
+
+
+class Dirty(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+
+class Undeclared(Function):
+    @staticmethod
+    def forward(ctx, x):
+        x.add_(1)
+        return x * 2
+
+
+class Reads(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * int(x.sum())
+
+
+class Calls(Function):
+    @staticmethod
+    def forward(ctx, function, x):
+        return function(x)
+
+
+REFUSED = {
+    "Dirty.*mark_dirty": lambda m, x: Dirty.apply(m.w * 2),
+    "Undeclared.*writes to its input": lambda m, x: Undeclared.apply(m.w * 2),
+    "Reads.forward must run on tensors without values": lambda m, x: Reads.apply(m.w),
+    "Calls is given the module Linear; pass its parameters": lambda m, x: Calls.apply(nn.Linear(4, 4), x),
+    "Calls is given the module Model": lambda m, x: Calls.apply(m.forward, x),
+    "Calls is given a function that holds a tensor": lambda m, x: Calls.apply(lambda t: t * x, x),
+    r'use_reentrant=False.*gradient_checkpointing_kwargs={"use_reentrant": False}': lambda m, x: checkpoint(
+        torch.sin, m.w, use_reentrant=True
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_by_name(message):
+    with pytest.raises(ValueError, match=message):
+        captured(Model(REFUSED[message]), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_tensor_hooks_in_a_forward_are_refused_with_their_line(hook):
+    def body(m, x):
+        getattr(m.w if "post" in hook else m.w * 2, hook)(lambda g: None)
+        return m.w.sum()
+
+    line = inspect.getsourcelines(body)[1] + 1
+    with pytest.raises(ValueError, match=rf"test_functions.py:{line}: {hook} in a forward is lost"):
+        captured(Model(body), torch.randn(3, 4))
+
+
+def test_hooks_on_parameters_and_modules_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.register_forward_hook(lambda *args: None)
+    find_hooks(model)
+    hook = lambda *args: None
+    for register, message in [
+        (model[1].weight.register_hook, r"parameter 1\.weight.*the model that parallelize returns"),
+        (model[1].bias.register_post_accumulate_grad_hook, r"parameter 1\.bias.*the model that parallelize returns"),
+        (model[0].register_full_backward_hook, "not supported: module 0"),
+        (model.register_full_backward_pre_hook, "not supported: module Sequential"),
+        (nn.modules.module.register_module_full_backward_hook, "not supported: all modules"),
+    ]:
+        handle = register(hook)
+        with pytest.raises(ValueError, match=message):
+            find_hooks(model)
+        handle.remove()
+        find_hooks(model)
+
+
+def test_patches_are_undone_and_nest():
+    originals = vars(Function)["apply"], torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook
+    model, x = model_of("old"), torch.randn(3, 4)
+    with pytest.raises(ZeroDivisionError), keep_functions(), keep_functions():
+        program = captured(model, x)
+        raise ZeroDivisionError
+    assert originals == (
+        vars(Function)["apply"],
+        torch.Tensor.register_hook,
+        torch.Tensor.register_post_accumulate_grad_hook,
+    )
+    check(run_joint(program, x), reference(model, x))
+
+
+@pytest.mark.parametrize("options", [{}, {"context_fn": True}])
+def test_checkpoint_without_reentry_is_captured_as_its_function(options):
+    if options:
+        policy = lambda ctx, op, *args, **kwargs: CheckpointPolicy.PREFER_RECOMPUTE
+        options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
+
+    def body(m, x):
+        region = lambda t: Old.apply(m.w * t, m.b * t).sin()
+        return (checkpoint(region, x, use_reentrant=False, **options) * m.b).sum()
+
+    model, x = Model(body), torch.randn(3, 4)
+    program = captured(model, x)
+    assert sum("tedfn.forward" in str(n.target) for n in program.graph.nodes) == 1
+    for run in (run_module, run_joint):
+        check(run(program, x), reference(model, x))
+
+
+def test_second_derivative_is_refused():
+    model, x = model_of("old"), torch.randn(3, 4)
+    loss = captured(model, x).module()(x)
+    with pytest.raises(RuntimeError, match="differentiated only once"):
+        loss.backward(create_graph=True)
+
+
+def test_runs_in_inference_mode():
+    model, x = model_of("attributes"), torch.randn(3, 4)
+    gm = captured(model, x).module()
+    with torch.inference_mode():
+        torch.testing.assert_close(gm(x * 1), model(x))

@@ -1,0 +1,163 @@
+"""One training step: tedcompile beside Hugging Face eager and torch.compile, same model, same batches, same run.
+
+    python -m benchmarks.train_step                                  # one process, mesh 1
+    torchrun --nproc-per-node 2 -m benchmarks.train_step --mesh tp=2
+
+Cases: `demo` (the model of `make demo`) and `qwen3_4layers` (four layers of Qwen3-30B-A3B and its vocabulary). Losses of
+20 AdamW steps are compared before anything is timed. Writes benchmarks/results/train_step.json, or --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import pathlib
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import tedcompile
+from tedcompile.mesh import MeshShape
+
+CASES = {
+    "demo": (
+        dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
+             vocab_size=256, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True),
+        (8, 1024),
+    ),
+    "qwen3_4layers": (dict(num_hidden_layers=4, norm_topk_prob=True), (4, 4096)),
+}  # fmt: skip
+STEPS, TIMED = 20, 10
+
+
+def batches(case: str, rank: int, device: torch.device):
+    config, shape = CASES[case]
+    vocab = config.get("vocab_size", 151936)
+    generator = torch.Generator().manual_seed(1 + rank)
+    return [torch.randint(vocab, shape, generator=generator).to(device) for _ in range(4)]
+
+
+def build(case: str, dtype: torch.dtype, device: torch.device):
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**CASES[case][0])
+    with torch.device(device):
+        model = Qwen3MoeForCausalLM(config)
+    return model.to(dtype).train()
+
+
+def prepare(system: str, model, mesh):
+    if system == "tedcompile":
+        return tedcompile.parallelize(model, mesh)
+    model.set_experts_implementation("grouped_mm")
+    return torch.compile(model) if system == "hf_compile" else model
+
+
+def measure(system: str, case: str, mesh, device: torch.device) -> dict:
+    rank = tedcompile.data_rank(mesh) if system == "tedcompile" else 0
+    data = batches(case, rank, device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model = build(case, torch.bfloat16, device)
+    start = time.perf_counter()
+    model = prepare(system, model, mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=False, foreach=True)
+    losses, first = [], 0.0
+    for step in range(STEPS):
+        ids = data[step % len(data)]
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step == 0:
+            first = time.perf_counter() - start
+    times = []
+    torch.cuda.reset_peak_memory_stats()
+    for step in range(TIMED):
+        ids = data[step % len(data)]
+        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        a.record()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        b.record()
+        torch.cuda.synchronize()
+        times.append(a.elapsed_time(b))
+        for p in model.parameters():
+            p.grad = None
+    tokens = data[0].numel()
+    ms = statistics.median(times)
+    return {
+        "losses": losses,
+        "forward_backward_ms": ms,
+        "tokens_per_s_per_gpu": tokens / ms * 1e3 / (mesh_shape(mesh).tp if system == "tedcompile" else 1),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "first_step_s": first,
+    }
+
+
+def mesh_shape(mesh) -> MeshShape:
+    return tedcompile.mesh.shape_of(mesh)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mesh", default="tp=1")
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--systems", nargs="*", default=["hf_eager", "hf_compile", "tedcompile"])
+    parser.add_argument("--out", default=str(pathlib.Path(__file__).parent / "results" / "train_step.json"))
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA GPU")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl")
+    shape = MeshShape.parse(options.mesh)
+    mesh = dist.init_device_mesh("cuda", tuple(shape.as_dict().values()), mesh_dim_names=("dp", "ep", "tp"))
+    facts = {
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "gpu": torch.cuda.get_device_name(),
+        "clock_mhz": torch.cuda.clock_rate(),
+        "date": datetime.date.today().isoformat(),
+    }
+    rows, reference = [], {}
+    for case in options.cases:
+        for system in options.systems:
+            try:
+                result = measure(system, case, mesh, device)
+            except Exception as error:  # a peer that fails is named, not hidden
+                print(case, system, "failed:", repr(error)[:2000], flush=True)
+                import traceback
+
+                traceback.print_exc()
+                continue
+            finally:
+                torch._dynamo.reset()
+                gc.collect()
+            losses = result.pop("losses")
+            if system == "hf_eager":
+                reference[case] = losses
+            if case in reference:
+                worst = max(abs(a - b) / abs(b) for a, b in zip(losses, reference[case], strict=True))
+                result["worst_loss_difference"] = worst
+            name = system if system != "tedcompile" else f"tedcompile {options.mesh}"
+            for metric, value in result.items():
+                unit = {"forward_backward_ms": "ms", "tokens_per_s_per_gpu": "1/s", "peak_gib": "GiB",
+                        "first_step_s": "s", "worst_loss_difference": "relative"}[metric]  # fmt: skip
+                rows.append({"benchmark": "train_step", "case": case, "system": name, "metric": metric,
+                             "value": value, "unit": unit, **facts})  # fmt: skip
+            if dist.get_rank() == 0:
+                print(case, name, {k: round(v, 5) for k, v in result.items()}, f"loss {losses[0]:.4f}", flush=True)
+                pathlib.Path(options.out).write_text(json.dumps(rows, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Runs a distributed forward graph as all its ranks at once, in one process and without process groups.
+
+Every node is evaluated for each rank before the next one; a collective is one autograd function of all ranks' values,
+written from its definition in `layouts.py`, not from the kernels. So values and gradients of a rewritten graph can be
+compared with the plain module in fp64, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from tedcompile import graphs, ops as ted, pipeline
+from tedcompile.capture import Captured, capture
+from tedcompile.layouts import Layout
+from tedcompile.mesh import AXES, MeshShape
+from tedcompile.ops import ops
+from tedcompile.pipeline import Context
+
+
+def captured(module: nn.Module, kwargs: dict[str, Any]) -> Captured:
+    """A captured module with the facts that passes read, as `run_forward` sets them."""
+    result = capture(module, kwargs)
+    for node in result.gm.graph.nodes:
+        graphs.set_facts(node)
+    return result
+
+
+def after(module: nn.Module, kwargs: dict[str, Any], *passes, mesh: MeshShape | None = None) -> tuple[GraphModule, Context]:
+    """The captured graph of a module after the given passes only."""
+    gm, ctx = captured(module, kwargs).gm, Context(mesh or MeshShape())
+    for p in passes:
+        p.run(gm, ctx)
+        gm.graph.lint()
+    return gm, ctx
+
+
+def distributed(module: nn.Module, kwargs: dict[str, Any], mesh: MeshShape) -> tuple[GraphModule, Context]:
+    """The distributed forward graph of a module, by all forward passes."""
+    ctx = Context(mesh)
+    return pipeline.run_forward(capture(module.train(), kwargs), ctx), ctx
+
+
+def text(gm: GraphModule) -> str:
+    """The graph's calls, one a line, as `name: layout = op(arguments)`."""
+    lines = []
+    for n in gm.graph.nodes:
+        if n.op == "call_function":
+            op = str(n.target).removesuffix(".default") if hasattr(n.target, "_schema") else n.target.__name__
+            arguments = [*map(str, n.args), *(f"{k}={v}" for k, v in n.kwargs.items())]
+            lines.append(f"{n.name}: {n.meta.get('layout', '')} = {op}({', '.join(arguments)})")
+    return "\n".join(lines)
+
+
+def targets(gm: GraphModule) -> list[str]:
+    """The names of the graph's ops, without overloads."""
+    return [n.target._schema.name for n in gm.graph.nodes if hasattr(n.target, "_schema")]
+
+
+def shard(whole: Tensor, layout: Layout | None, size: int, index: int) -> Tensor:
+    """One rank's part of a tensor."""
+    if layout is None or layout.kind != "S":
+        return whole
+    sections = layout.sections or (whole.shape[layout.dim],)
+    return torch.cat([s.chunk(size, layout.dim)[index] for s in whole.split(sections, layout.dim)], layout.dim)
+
+
+def unshard(parts: Sequence[Tensor], dim: int, sections: Sequence[int]) -> Tensor:
+    if not sections:
+        return torch.cat(list(parts), dim)
+    pieces = [p.split([s // len(parts) for s in sections], dim) for p in parts]
+    return torch.cat([piece for each in zip(*pieces) for piece in each], dim)
+
+
+def _joint(forward: Callable, backward: Callable) -> Callable:
+    """Two functions of (all ranks' tensors, the node's other arguments) as one differentiable function."""
+
+    class Joint(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, args, *xs):
+            ctx.args = args
+            return tuple(y.clone() for y in forward(xs, *args))
+
+        @staticmethod
+        def backward(ctx, *gs):
+            return None, *backward(gs, *ctx.args)
+
+    return Joint.apply
+
+
+def _total(xs, *_):
+    return [sum(xs)] * len(xs)
+
+
+def _split(xs, dim, size, sections, axis):
+    return [shard(x, Layout("S", dim, tuple(sections)), size, i) for i, x in enumerate(xs)]
+
+
+def _whole(xs, dim, size, sections, axis):
+    return [unshard(xs, dim, sections)] * len(xs)
+
+
+def _travel(xs, splits, *_):
+    """splits: of each rank, (2, size): rows to and from each rank."""
+    pieces = [x.split(s[0].tolist()) for x, s in zip(xs, splits)]
+    return [torch.cat([p[i] for p in pieces]) for i in range(len(xs))]
+
+
+COLLECTIVES = {
+    ops.enter.default: _joint(lambda xs, *_: xs, _total),
+    ops.all_reduce.default: _joint(_total, lambda gs, *_: gs),
+    ops.all_max.default: _joint(lambda xs, *_: [torch.stack(xs).amax(0)] * len(xs), lambda gs, *_: [None] * len(gs)),
+    ops.slice.default: _joint(_split, _whole),
+    ops.gather.default: _joint(_whole, _split),
+}
+TRAVEL = _joint(_travel, lambda gs, splits, *_: _travel(gs, [s.flip(0) for s in splits]))
+
+
+class Ranks:
+    """All ranks of a mesh; rank r has the coordinates `self.at[r]`."""
+
+    def __init__(self, mesh: MeshShape, monkeypatch):
+        self.mesh = mesh
+        self.at = [dict(zip(AXES, c)) for c in itertools.product(*(range(mesh[a]) for a in AXES))]
+        # local kernels ask for their rank by the axis, which is rewritten to name the rank itself
+        monkeypatch.setattr(ted, "index_in", lambda axis: int(axis))
+
+    def groups(self, axis: str) -> list[list[int]]:
+        along = ("dp", "ep") if axis == "data" else (axis,)
+        found: dict[tuple, list[int]] = {}
+        for r, at in enumerate(self.at):
+            found.setdefault(tuple(v for k, v in at.items() if k not in along), []).append(r)
+        return list(found.values())
+
+    def local(self, node, whole: Tensor, r: int) -> Tensor:
+        for axis, layout in sorted(node.meta.get("placements", {}).items()):
+            whole = shard(whole, layout, self.mesh[axis], self.at[r][axis])
+        return whole
+
+    def run(self, gm: GraphModule, values: Callable[[Any, int], Tensor]) -> list[tuple]:
+        """The outputs of each rank. `values(placeholder, rank)` are the local inputs."""
+        env: dict[Any, list] = {}
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = [values(node, r) for r in range(len(self.at))]
+                continue
+            args = [torch.fx.map_arg(node.args, lambda n: env[n][r]) for r in range(len(self.at))]  # noqa: B023
+            if node.op == "output":
+                return [a[0] for a in args]
+            assert node.op == "call_function"
+            kwargs = [torch.fx.map_arg(node.kwargs, lambda n: env[n][r]) for r in range(len(self.at))]  # noqa: B023
+            env[node] = self.call(node.target, args, kwargs)
+        raise AssertionError("the graph has no output")
+
+    def call(self, target: Any, args: list[tuple], kwargs: list[dict]) -> list:
+        schema = getattr(target, "_schema", None)
+        axis = args[0][-1] if schema and schema.arguments and schema.arguments[-1].name == "axis" else None
+        if target is ops.share.default:
+            return [x / size for x, size, _ in args] if torch.is_inference_mode_enabled() else [
+                _Share.apply(x, size) for x, size, _ in args
+            ]
+        if axis and getattr(target, "namespace", "") == "ted":
+            for special in (self.collective, self.exchange):
+                found = special(target, axis, args)
+                if found is not None:
+                    return found
+            args = [(*a[:-1], str(self.index(axis, r))) for r, a in enumerate(args)]
+        return [target(*a, **k) for a, k in zip(args, kwargs)]
+
+    def index(self, axis: str, r: int) -> int:
+        return next(g.index(r) for g in self.groups(axis) if r in g)
+
+    def collective(self, target, axis: str, args: list[tuple]) -> list | None:
+        if target not in COLLECTIVES:
+            return None
+        results: list = [None] * len(args)
+        for group in self.groups(axis):
+            for r, y in zip(group, COLLECTIVES[target](args[group[0]][1:], *(args[r][0] for r in group))):
+                results[r] = y
+        return results
+
+    def exchange(self, target, axis: str, args: list[tuple]) -> list | None:
+        results: list = [None] * len(args)
+        for group in self.groups(axis):
+            if target is ops.exchange_counts.default:
+                sent = torch.stack([args[r][0] for r in group]).view(len(group), len(group), -1)  # (from, to, experts)
+                made = list(sent.transpose(0, 1))
+            elif target in (ops.all_to_all.default, ops.all_to_all_like.default):
+                made = TRAVEL(([args[r][1] for r in group],), *(args[r][0] for r in group))
+            else:
+                return None
+            for r, y in zip(group, made):
+                results[r] = y
+        return results
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, size):
+        return x / size
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+def parity(module: nn.Module, batches: list[dict[str, Any]], mesh: MeshShape, monkeypatch, graph=None) -> GraphModule:
+    """Asserts that the distributed graph gives the module's own losses and gradients on every rank.
+
+    The module is fp64 and returns a scalar or tensors; `batches` has one entry for each data rank. A gradient is what
+    `reduce_gradients` would make of it: summed over the data axes that replicate the parameter.
+    """
+    module = module.double().train()
+    gm, _ = graph or distributed(module, batches[0], mesh)
+    names = dict(module.named_parameters(remove_duplicate=False))
+    parameters = dict(module.named_parameters())
+    want: dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    results, weights = [], []
+    buffers = {n: b.clone() for n, b in module.named_buffers()}
+    for batch in batches:
+        for n, b in module.named_buffers():
+            b.copy_(buffers[n])
+        out = [t for t in torch.utils._pytree.tree_leaves(module(**batch)) if t.is_floating_point()]
+        generator = torch.Generator().manual_seed(7)
+        weights.append([torch.randn(t.shape, dtype=torch.float64, generator=generator) for t in out])
+        total = sum((t * w).sum() for t, w in zip(out, weights[-1]))
+        for n, g in zip(parameters, torch.autograd.grad(total, list(parameters.values()), allow_unused=True)):
+            want[n] += 0 if g is None else g
+        results.append(out)
+
+    ranks = Ranks(mesh, monkeypatch)
+    data = [at["dp"] * mesh.ep + at["ep"] for at in ranks.at]
+    leaves = [torch.utils._pytree.tree_leaves(b) for b in batches]
+    local: dict[tuple[str, int], Tensor] = {}
+    nodes = {}
+
+    def value(node, r):
+        kind, name = node.meta["role"]
+        if kind == "input":
+            return leaves[data[r]][name]
+        if kind == "buffer":
+            return buffers[name].clone()
+        assert kind == "parameter", kind
+        nodes[name] = node
+        return local.setdefault((name, r), ranks.local(node, names[name].detach(), r).clone().requires_grad_())
+
+    out = [[t for t in o if isinstance(t, Tensor) and t.is_floating_point()] for o in ranks.run(gm, value)]
+    total = torch.zeros((), dtype=torch.float64)
+    for r, d in enumerate(data):
+        assert len(out[r]) >= len(results[d])
+        for got, ref, w in zip(out[r], results[d], weights[d]):
+            torch.testing.assert_close(got, ref, rtol=1e-10, atol=1e-12)
+            total = total + (got * w).sum()
+    keys = list(local)
+    grads = dict(zip(keys, torch.autograd.grad(total, [local[k] for k in keys], allow_unused=True)))
+    for name, node in nodes.items():
+        axis = "dp" if "ep" in node.meta.get("placements", {}) else "data"
+        for group in ranks.groups(axis):
+            got = sum(g if (g := grads[name, r]) is not None else torch.zeros_like(local[name, r]) for r in group)
+            for r in group:
+                ref = ranks.local(node, want[name], r)
+                torch.testing.assert_close(got, ref, rtol=1e-9, atol=1e-11, msg=lambda m: f"gradient of {name}: {m}")  # noqa: B023
+    return gm
