@@ -1,13 +1,12 @@
 """Backward passes that a captured graph cannot see: `torch.autograd.Function` is kept whole, hooks are refused by name.
 
 `torch.export` traces through `Function.apply` and silently drops the class's own backward. While `keep_functions` is
-active, apply becomes one node instead:
+active, apply becomes one node instead, with the ints of the call and which tensors need a gradient:
 
-    forward = tedfn.forward("router.TopK(Tensor, int, 'softmax')", [x, w], [2], [True, False])
+    tedfn.forward("router.TopK(Tensor, int, 'softmax')", [x], [2], [True], "") -> [*outputs, *what it saves beside x]
 
-with the ints of the call, and which tensors need a gradient. It returns the output tensors and what the class saves
-beside them and its inputs. Its VJP is one `tedfn.backward` node that calls the class's backward. Both run the user's
-Python when the graph runs; its name finds the class and the other arguments in a registry.
+Its VJP is one `tedfn.backward` node that calls the class's backward. Both run the user's Python when the graph runs;
+the name finds the class and its other arguments in a registry. The last argument is the autocast state in its region.
 """
 
 from __future__ import annotations
@@ -275,14 +274,21 @@ class _Context(FunctionCtx):
         self.dirty_tensors: tuple[Any, ...] = ()
         self.non_differentiable: tuple[Any, ...] = ()
         self.materialize_grads = True
-        self._own = {*vars(self), "_own", "saved_for_forward"}
 
     @property
     def saved_tensors(self) -> tuple[Any, ...]:
         return self.to_save
 
-    def attributes(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in self._own}
+
+# The attributes of a ctx that are torch's; all others are the class's own.
+_TORCHS = {
+    "needs_input_grad",
+    "to_save",
+    "dirty_tensors",
+    "non_differentiable",
+    "materialize_grads",
+    "saved_for_forward",
+}
 
 
 @dataclass
@@ -425,7 +431,8 @@ def _own(tensors: Sequence[Tensor], others: Sequence[Tensor], foreign: Sequence[
 def _keep(function: _Function, inputs: list[Tensor], needs: Sequence[bool], output: Any, ctx: _Context):
     """A finished forward's plan, output tensors, saved tensors, and both without repeats; sets `_thread.run`."""
     template, outputs, output_ints = _split(output)
-    state, saved, ints = _split((tuple(ctx.to_save), ctx.attributes()))
+    attributes = {name: value for name, value in vars(ctx).items() if name not in _TORCHS}
+    state, saved, ints = _split((tuple(ctx.to_save), attributes))
     known, sources = [*inputs, *outputs], []
     for tensor in saved:
         sources.append(next((i for i, other in enumerate(known) if _same_values(tensor, other)), len(known)))
@@ -454,7 +461,7 @@ def _keep(function: _Function, inputs: list[Tensor], needs: Sequence[bool], outp
     return plan, outputs, saved, known[len(inputs) :]
 
 
-def _forward(name: str, tensors: list[Tensor], ints: list[int], needs: list[bool], autocast: str = "") -> list[Tensor]:
+def _forward(name: str, tensors: list[Tensor], ints: list[int], needs: list[bool], autocast: str) -> list[Tensor]:
     function, inputs = _FUNCTIONS[name], [t.detach() for t in tensors]
     plan, _, _, results = _keep(function, inputs, needs, *_call_forward(function, inputs, ints, needs, autocast))
     traced = [p for p in function.plans if p == dataclasses.replace(plan, constants=p.constants, likes=p.likes)]
@@ -484,7 +491,8 @@ def _forward_fake(name: str, tensors: list[Tensor], ints: list[int], needs: list
         plan, outputs, saved, results = _keep(function, inputs, needs, output, ctx)
         if plan not in function.plans:
             plan.foreign = tuple(hasattr(inputs[0], "fake_mode") and not hasattr(t, "fake_mode") for t in results)
-            plan.absent, plan.copied = _try_backward(function, plan, outputs, saved)
+            if any(needs):
+                plan.absent, plan.copied = _try_backward(function, plan, outputs, saved)
             function.plans.append(plan)
         _thread.run.plan = index = function.plans.index(plan)
         return _own(results, inputs, function.plans[index].foreign)
@@ -550,7 +558,7 @@ def _vjp(ctx, output_grads):
     return None, tensor_grads, None if ctx.has_ints else [], None, None
 
 
-def _wanted(plan: _Plan, sizes: Sequence[int]) -> Iterator[tuple[int, list[int], torch.dtype, torch.device]]:
+def _gradient_likes(plan: _Plan, sizes: Sequence[int]) -> Iterator[tuple[int, list[int], torch.dtype, torch.device]]:
     rest = iter(sizes)
     for i in plan.wanted():
         dtype, device, ndim = plan.likes[i]
@@ -563,7 +571,7 @@ def _backward(name: str, plan_index: int, grads, saved, ints: list[int], sizes: 
     given = [t.clone() if t is not None and copy else t for t, copy in zip((*grads, *saved), plan.copied)]
     gradients = _call_backward(function, plan, given[: plan.arity], given[plan.arity :], ints)
     results = []
-    for i, shape, dtype, device in _wanted(plan, sizes):
+    for i, shape, dtype, device in _gradient_likes(plan, sizes):
         grad = gradients[i]
         if grad is None:
             results.append(torch.zeros(shape, dtype=dtype, device=device))
@@ -574,7 +582,7 @@ def _backward(name: str, plan_index: int, grads, saved, ints: list[int], sizes: 
 
 def _backward_fake(name: str, plan_index: int, grads, saved, ints: list[int], sizes: list[int]) -> list[Tensor]:
     plan = _FUNCTIONS[name].plans[plan_index]
-    return [torch.empty(shape, dtype=dtype, device=device) for _, shape, dtype, device in _wanted(plan, sizes)]
+    return [torch.empty(shape, dtype=dtype, device=device) for _, shape, dtype, device in _gradient_likes(plan, sizes)]
 
 
 for _name, _kernel, _fake in (("forward", _forward, _forward_fake), ("backward", _backward, _backward_fake)):

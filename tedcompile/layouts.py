@@ -186,7 +186,7 @@ def pointwise(c: Call) -> Layout:
     if not sharded:
         partial = [a for a in tensors if c.layout(a) == P]
         others = [a for a in tensors if a not in partial]
-        if c.node.target in LINEAR and partial and all(a.meta.get("weights_only") for a in others):
+        if c.node.target in LINEAR and partial and all(a.meta.get("weights_only") and c.layout(a) == R for a in others):
             scalars = [a for a in c.node.args if not isinstance(a, Node)]
             if not scalars and not (c.node.kwargs.get("alpha", 1) != 1 and others):
                 for a in others:
@@ -466,11 +466,11 @@ def _index(c: Call) -> Layout:
 
 @rule(aten.index_select.default, aten.flip.default, aten.roll.default)
 def _along(c: Call) -> Layout:
-    a, dims = c.node.args[0], c.node.args[2 if c.node.target is aten.roll.default else 1]
+    a, dims = c.node.args[0], c.arg(2 if c.node.target is aten.roll.default else 1)
     layout = c.layout(a)
     if layout.kind != "S":
         return c.default()
-    if layout.dim in {d % ndim(a) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}:
+    if not dims and dims != 0 or layout.dim in {d % ndim(a) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}:
         raise NoRule(f"{c.node.target} along the dim that is split")
     return layout
 
@@ -606,12 +606,16 @@ def _addmm(c: Call) -> Layout:
     if c.node.kwargs:
         return _along_one(c)
     bias, x, w = c.node.args
+    if shape(bias) != shape(w)[1:]:
+        return _along_one(c)
     return contract(c, x, w, 0, 1, bias)
 
 
 @rule(ops.grouped_mm.default)
 def _grouped_mm(c: Call) -> Layout:
     rows, weight, counts = c.node.args
+    if c.layout(rows).kind == "S" and c.layout(rows).dim == 0:
+        raise NoRule("a grouped product of rows that are split")
     return contract(c, rows, weight, 1, 2)
 
 

@@ -26,6 +26,7 @@ from tedcompile.pipeline import Context
 def captured(module: nn.Module, kwargs: dict[str, Any]) -> Captured:
     """A captured module with the facts that passes read, as `run_forward` sets them."""
     result = capture(module, kwargs)
+    result.gm.meta["constants"] = result.constants
     for node in result.gm.graph.nodes:
         graphs.set_facts(node)
     return result
@@ -43,7 +44,7 @@ def after(module: nn.Module, kwargs: dict[str, Any], *passes, mesh: MeshShape | 
 def distributed(module: nn.Module, kwargs: dict[str, Any], mesh: MeshShape) -> tuple[GraphModule, Context]:
     """The distributed forward graph of a module, by all forward passes."""
     ctx = Context(mesh)
-    return pipeline.run_forward(capture(module.train(), kwargs), ctx), ctx
+    return pipeline.run_forward(captured(module.train(), kwargs), ctx), ctx
 
 
 def text(gm: GraphModule) -> str:
@@ -161,9 +162,7 @@ class Ranks:
         schema = getattr(target, "_schema", None)
         axis = args[0][-1] if schema and schema.arguments and schema.arguments[-1].name == "axis" else None
         if target is ops.share.default:
-            return [x / size for x, size, _ in args] if torch.is_inference_mode_enabled() else [
-                _Share.apply(x, size) for x, size, _ in args
-            ]
+            return [_Share.apply(x, size) for x, size, _ in args]
         if axis and getattr(target, "namespace", "") == "ted":
             for special in (self.collective, self.exchange):
                 found = special(target, axis, args)
@@ -245,7 +244,8 @@ def parity(module: nn.Module, batches: list[dict[str, Any]], mesh: MeshShape, mo
             return leaves[data[r]][name]
         if kind == "buffer":
             return buffers[name].clone()
-        assert kind == "parameter", kind
+        if kind == "constant":
+            return gm.meta["constants"][name]
         nodes[name] = node
         return local.setdefault((name, r), ranks.local(node, names[name].detach(), r).clone().requires_grad_())
 
