@@ -43,6 +43,11 @@ def run(gm: GraphModule, ctx) -> None:
     gm.graph.eliminate_dead_code()
 
 
+def _zeros(node: Node) -> bool:
+    full = node.target in (aten.full.default, aten.full_like.default)
+    return node.target in ZEROS and (not full or node.args[1] == 0)
+
+
 def _canonical(counts: Node) -> bool:
     return counts.target is operator.getitem and counts.args[0].target is ops.permute.default
 
@@ -137,6 +142,8 @@ class _Block:
                     del found[n]
                     continue
                 found[n] = {r for r in found[n] if value.shape == truth[r].shape and bool((value == truth[r]).all())}
+        if self.k == 1:  # a token has one slot
+            found = {n: r - {"slot"} if "token" in r else r for n, r in found.items()}
         return {n: next(iter(r)) for n, r in found.items() if len(r) == 1}
 
     def readers(self, roles: dict[Node, str], role: str, dim: int) -> list[Node]:
@@ -171,7 +178,9 @@ class _Block:
             with graph.inserting_before(old):
                 changed.append((old, add(target, args, old, old.meta["val"])))
 
-        for u in self.readers(roles, "token", 0)[1:]:
+        for u in self.readers(roles, "token", 0):
+            if u is first:
+                continue
             if u.args[0] is first.args[0]:
                 changed.append((u, rows))
             else:
@@ -179,29 +188,56 @@ class _Block:
                     slots = add(aten.repeat_interleave.self_int, (u.args[0], self.k, 0), u)
                 swap(u, ops.take.default, (slots, order, back))
         for u in self.readers(roles, "slot", 0):
-            swap(u, ops.take.default, (u.args[0], order, back))
+            if u.args[0].meta["val"].is_floating_point():
+                swap(u, ops.take.default, (u.args[0], order, back))
         for u in self.readers(roles, "inverse", 0):
-            swap(u, ops.take.default, (u.args[0], back, order))
+            if u.args[0].meta["val"].is_floating_point():
+                swap(u, ops.take.default, (u.args[0], back, order))
         for u in self.readers(roles, "expert", 0):
             if u.args[0].meta["val"].is_floating_point():
                 swap(u, ops.per_expert.default, (u.args[0], counts, rows))
+        def add_to_tokens(u: Node, y: Node) -> None:
+            """u adds the rows y to the tokens of u's first operand."""
+            source = u.args[0]
+            with graph.inserting_before(u):
+                total = add(ops.gather_sum.default, (y, perm, order), u, u.meta["val"])
+                changed.append((u, total if _zeros(source) else add(aten.add.Tensor, (source, total), u, u.meta["val"])))
+
         for n, role in roles.items():
             for u in list(n.users):
-                source = u.args[0] if u.args else None
-                zeros = isinstance(source, Node) and source.target in ZEROS
-                if role == "token" and u.target is aten.index_add.default and u.args[1:3] == (0, n) and zeros:
-                    swap(u, ops.gather_sum.default, (u.args[3], perm, order))
+                if u.target is ops.grouped_mm.default and u.args[2] is n and late[u] > late[back]:
+                    u.args = (u.args[0], u.args[1], counts)
+                elif u.target is aten.index_add.default and role == "token" and u.args[1:3] == (0, n) and not u.kwargs:
+                    if shape(u)[0] == tokens:
+                        add_to_tokens(u, u.args[3])
                 elif u.target is aten.index_put.default and list(u.args[1]) == [n]:
                     adds = len(u.args) > 3 and u.args[3]
-                    if role == "slot" and (zeros or not adds) and shape(source)[0] == self.rows:
+                    slot = role == "slot" or (role == "token" and self.k == 1)
+                    if slot and (_zeros(u.args[0]) or not adds) and shape(u)[0] == self.rows:
                         swap(u, ops.take.default, (u.args[2], back, order))
-                    elif role == "token" and adds and zeros:
-                        swap(u, ops.gather_sum.default, (u.args[2], perm, order))
-                elif u.target is ops.grouped_mm.default and u.args[2] is n and late[u] > late[back]:
-                    u.args = (u.args[0], u.args[1], counts)
+                    elif role == "token" and adds and shape(u)[0] == tokens:
+                        add_to_tokens(u, u.args[2])
+        for u in list(graph.nodes):
+            if u.target is aten.scatter_add.default and u.args[1] == 0 and shape(u)[0] == tokens:
+                if shape(u.args[2]) == shape(u.args[3]) and self.spreads_tokens(u.args[2], index):
+                    add_to_tokens(u, u.args[3])
         for old, new in changed:
             old.replace_all_uses_with(new)
+        graphs.sort_nodes(graph)
         for old, _ in reversed(changed):
             if not old.users:
                 graph.erase_node(old)
         return ""
+
+    def spreads_tokens(self, spread: Node, index: Node) -> bool:
+        """Whether a value (N, H) is the token of each row, H times."""
+        if len(shape(spread)) != 2 or shape(spread)[0] != self.rows:
+            return False
+        try:
+            for values in self.trials(index):
+                token = values[index].flatten().long().argsort(stable=True) // self.k
+                if not bool((graphs.evaluate(spread, values) == token[:, None]).all()):
+                    return False
+        except (graphs.Unknown, RuntimeError, IndexError):
+            return False
+        return True

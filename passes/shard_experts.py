@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import operator
 
+import torch
 from torch.fx import GraphModule, Node
 
 from tedcompile import graphs
@@ -77,6 +78,10 @@ def _dispatch(gm: GraphModule, node: Node, ep: int, ctx) -> str:
     if any(ctx.fixed_axis(w, "ep") is False for w in weights):
         return "its weights were laid out whole"
 
+    reason = _stray(gm, rows, counts, enters, combines)
+    if reason:
+        return reason
+
     graph = gm.graph
 
     def add(target, args, like=node, val=None, layout=R):
@@ -116,6 +121,26 @@ def _dispatch(gm: GraphModule, node: Node, ep: int, ctx) -> str:
         combine.args = (home, *combine.args[1:])
     for weight in weights:
         weight.meta.setdefault("placements", {})["ep"] = S(0)
+    return ""
+
+
+def _stray(gm: GraphModule, rows: Node, counts: Node, enters: list[Node], combines: list[Node]) -> str:
+    """Why the rows cannot travel: the first op of the body that mixes them, or joins them with rows that stay."""
+    number, reached = shape(rows)[0], set(enters)
+    for n in gm.graph.nodes:
+        if n in reached or n in combines or not reached.intersection(n.all_input_nodes):
+            continue
+        values = n.meta.get("val")
+        values = [v for v in (values if isinstance(values, (tuple, list)) else [values]) if isinstance(v, torch.Tensor)]
+        stays = [
+            a
+            for a in n.all_input_nodes
+            if a not in reached and a is not counts and not a.meta.get("weights_only")
+            if isinstance(a.meta["val"], torch.Tensor) and shape(a)[:1] == (number,)
+        ]
+        if n.op == "output" or stays or any(v.shape[:1] != (number,) for v in values):
+            return f"its rows are used by {n.name} in another order than that of the experts"
+        reached.add(n)
     return ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +12,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
-from tedcompile import compat, frontends
+from tedcompile import compat, frontends, pipeline
 from tedcompile.capture import bind
 from tedcompile.compile import BACKENDS
 from tedcompile.layouts import Layout
 from tedcompile.mesh import Groups, shape_of
 from tedcompile.runtime import ParallelModule, Runtime
+
+log = logging.getLogger("tedcompile")
 
 
 def parallelize(
@@ -64,11 +68,11 @@ def parallelize(
         _, ctx, gm, _ = runtime.together(lambda: runtime.prepare(model, example))
     finally:
         model.train(training)
-    runtime.decided = {
-        n.meta["role"][1]: n.meta.get("placements", {})
-        for n in gm.graph.nodes
-        if n.op == "placeholder" and n.meta["role"][0] == "parameter"
-    }
+    runtime.decided = pipeline.placements(gm)
+    pipeline.require_axes(gm, ctx)
+    if runtime.groups.rank["data"] == runtime.groups.rank["tp"] == 0:
+        for what, reason in dict.fromkeys((re.sub(r"\d+", "*", pipeline.where(n)), r) for n, r in ctx.replicated):
+            log.info("%s stays whole: %s", what, reason)
     _place(model, runtime)
     cls = type(model)
     model.__class__ = type(f"Parallel{cls.__name__}", (ParallelModule, cls), {"__module__": cls.__module__})

@@ -158,6 +158,8 @@ def _inline_regions(gm: GraphModule) -> None:
                 new.meta = dict(old.meta)
                 if not grad:
                     new.meta.setdefault("autocast", tuple(node.args[:4]))
+                elif not node.args[0]:
+                    new.meta["no_grad"] = True
             results = list(results) if isinstance(results, (tuple, list)) else [results]
             if grad and not node.args[0]:
                 for i, value in enumerate(results):

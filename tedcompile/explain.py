@@ -3,18 +3,24 @@
 The forward's facts are read from the rewritten graph; the backward's collectives follow from the VJPs of `ops.py` (a
 test compares them with the graph that autograd makes), and the reduction of gradients from `reduce_gradients`.
 
-Letters in formulas: B sequences, S positions, T = B*S tokens of one rank's batch, K experts a token, E experts,
-H hidden, I expert, V vocabulary size, `bytes` of one element.
+Letters in formulas: B sequences of S positions, T = B*S tokens in one rank's batch, K experts a token, E experts,
+H hidden, I expert and V vocabulary size, `bytes` of one element.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import importlib.util
+import json
 import math
 import operator
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -25,7 +31,7 @@ from torch.fx import GraphModule, Node
 
 from tedcompile import frontends, layouts, pipeline
 from tedcompile.capture import bind, capture, module_path
-from tedcompile.layouts import Call, Layout, R, aten
+from tedcompile.layouts import Call, Layout, NoRule, R, S, Sections, aten
 from tedcompile.mesh import MeshShape, shape_of
 from tedcompile.ops import ops
 from tedcompile.passes import reduce_gradients
@@ -33,22 +39,8 @@ from tedcompile.plan import CHAIN
 from tedcompile.runtime import plain, select_outputs
 
 BATCH, SEQ = 1, 2048
-
-# ops whose VJP is a collective: the kind, and whether its input has the shape of the op's result or of its operand
-BACKWARD = {
-    ops.enter.default: "all_reduce",
-    ops.slice.default: "all_gather",
-    ops.all_to_all.default: "all_to_all",
-    ops.all_to_all_like.default: "all_to_all",
-}
-# operands that get no gradient, by position, beside those that are not floating
-NO_GRADIENT = {ops.per_expert.default: (2,), ops.all_to_all_like.default: (2,)}
-CONSTANTS = {
-    getattr(getattr(aten, f"{prefix}{name}"), "default")
-    for name in ("zeros", "ones", "empty", "full")
-    for prefix in ("new_", "")
-    if hasattr(aten, f"{prefix}{name}") and "default" in getattr(aten, f"{prefix}{name}").overloads()
-} | {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES |= {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def explain(
@@ -67,16 +59,26 @@ def explain(
             line takes: a model type, a config.json or its folder, `file.py:function`.
         mesh: sizes of the axes, as "ep=4,tp=2", a dict or a DeviceMesh; no process group is needed.
         example_inputs: the arguments of one rank's training step; Hugging Face models need none.
-        batch, seq: sequences, and tokens in each, of one rank's batch, where no example inputs are given.
+        batch, seq: sequences, and positions in each, of one rank's batch, where no example inputs are given.
         dtype: of the parameters of a model that is built here, from a configuration or a type.
 
     Returns a dict with the keys `model`, `mesh`, `passes`, `collectives`, `parameters` and `replicated`. In each
     collective `bytes_per_rank` is the op's input on one rank and `wire_bytes` what that rank sends in a ring, both of
-    one call; `count` is over the whole model; rows of experts are as many as with balanced routing.
+    one call; `count` is over the whole model; experts get as many rows as with balanced routing. The axis `data` is
+    dp and ep together.
 
     Raises ValueError and TypeError as `parallelize` does.
     """
     return analyse(model, mesh, example_inputs=example_inputs, batch=batch, seq=seq, dtype=dtype).facts
+
+
+@dataclass
+class Explanation:
+    """`facts` is what `explain` returns; `lines` the rewritten graph; `pair` the graph before and after one pass."""
+
+    facts: dict[str, Any]
+    lines: list[Line]
+    pair: tuple[list[Line], list[Line]] | None
 
 
 def analyse(
@@ -94,17 +96,20 @@ def analyse(
     names = [name for name, _ in pipeline.FORWARD]
     if dump and dump not in names:
         raise ValueError(f"unknown pass {dump!r}: the passes are {', '.join(names)}")
+    for what, size in (("batch", batch), ("seq", seq)):
+        if size < 1:
+            raise ValueError(f"{what} must be at least 1, got {size}")
     if isinstance(model, str):
         model, given = load(model, dtype)
         example_inputs = given if example_inputs is None else example_inputs
     elif not isinstance(model, torch.nn.Module):
         model = from_config(model, dtype)
-    name = type(model).__mro__[2].__name__ if hasattr(model, "_ted") else type(model).__name__
     listing = Listing(shape)
     training = model.training
     model.train()
     try:
         with plain(model):
+            name = type(model).__name__
             captured = capture(model, _example(model, example_inputs, batch, seq))
             select_outputs(captured, model, True, ())
     finally:
@@ -129,8 +134,8 @@ def analyse(
         "parameters": [_parameter(n, shape) for n in _parameters(gm)],
         "replicated": _replicated(ctx.replicated),
     }
-    record = next((r for r in ctx.records if r.name == dump), None)
-    return Explanation(facts, listing.lines(gm), (record.before, record.after) if record else None)
+    pairs = [(r.before, r.after) for r in ctx.records if r.name == dump]
+    return Explanation(facts, listing.lines(gm), pairs[0] if pairs else None)
 
 
 def _example(model: torch.nn.Module, given: dict[str, Any] | tuple | None, batch: int, seq: int) -> dict[str, Any]:
@@ -141,10 +146,6 @@ def _example(model: torch.nn.Module, given: dict[str, Any] | tuple | None, batch
                 f"{type(model).__name__} needs example inputs: explain(model, mesh, example_inputs=dict(...)), with the "
                 "arguments of one training step (only shapes and dtypes count)"
             )
-        for what, size in (("batch", batch), ("seq", seq)):
-            if size < 1:
-                raise ValueError(f"{what} must be at least 1, got {size}")
-        # a language model's inputs are all (batch, seq)
         given = {k: torch.empty(batch, seq, dtype=v.dtype, device="meta") for k, v in given.items()}
     args, kwargs = ((), given) if isinstance(given, dict) else (tuple(given), {})
     named = bind(model.forward, args, kwargs)
@@ -154,18 +155,680 @@ def _example(model: torch.nn.Module, given: dict[str, Any] | tuple | None, batch
 # ---- models by name -------------------------------------------------------------------------------------------------
 
 
-def load(spec: str, dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:
-    """A model on the meta device and its example inputs (None for a transformers model), from what a user types.
+def load(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.nn.Module, Any]:
+    """A model without weights, and its example inputs (None for a transformers model), from what a user types.
 
-    `spec` is a transformers model type, a config.json or a folder with one, or `file.py:function`, a function of no
-    arguments that returns `(model, example_inputs)`. Raises ValueError that says what is wrong with it.
+    `spec` is a transformers model type, a config.json or a folder with one, or `file.py:function`, where the function
+    takes no arguments and returns `(model, example_inputs)`. Raises ValueError that says what is wrong with it.
     """
-    from tedcompile import sources
+    file, colon, function = spec.rpartition(":")
+    if colon and file.endswith(".py"):
+        return _call(Path(file), function)
+    path = Path(spec)
+    if spec.endswith(".py"):
+        raise ValueError(f"{spec} names no function: write {spec}:FUNCTION, which returns (model, example_inputs)")
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.exists():
+            raise ValueError(f"{spec} holds no config.json")
+    if path.suffix == ".json" or path.is_file():
+        return from_config(_read_config(path), dtype), None
+    types = _transformers().CONFIG_MAPPING
+    kind = spec.replace("-", "_")
+    if kind not in types:
+        close = difflib.get_close_matches(kind, list(types), 3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "give a transformers model type, as mixtral,"
+        rest = "" if close else " a config.json or its folder, or file.py:function"
+        raise ValueError(f"unknown model {spec!r}: {hint}{rest}")
+    return from_config(types[kind](), dtype), None
 
-    return sources.load(spec, dtype)
+
+def _transformers():
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("this model needs the package transformers: pip install 'tedcompile[hf]'") from None
+    return transformers
 
 
-def from_config(config: Any, dtype: torch.dtype) -> torch.nn.Module:
-    from tedcompile import sources
+def _read_config(path: Path) -> Any:
+    types = _transformers().CONFIG_MAPPING
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind not in types:
+        raise ValueError(f"{path}: model_type {kind!r} is not one of the installed transformers")
+    try:
+        return types[kind].from_dict(values)
+    except Exception as error:
+        raise ValueError(f"{path} is not a configuration of {kind}: {_first_line(error)}") from None
 
-    return sources.from_config(config, dtype)
+
+def from_config(config: Any, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+    """The causal language model of a transformers configuration, on the meta device."""
+    transformers = _transformers()
+    if not isinstance(config, getattr(transformers, "PreTrainedConfig", transformers.PretrainedConfig)):
+        raise TypeError(f"model must be an nn.Module, a transformers configuration or a name, got {type(config).__name__}")
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"transformers has no causal language model of type {config.model_type!r}")
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:
+        raise ValueError(f"a model of type {config.model_type!r} cannot be built: {_first_line(error)}") from error
+
+
+def _call(file: Path, function: str) -> tuple[torch.nn.Module, Any]:
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{file} cannot be imported: {_first_line(error)}") from error
+    make = getattr(module, function, None)
+    if not callable(make):
+        raise ValueError(f"{file} has no function {function!r}")
+    try:
+        try:
+            with torch.device("meta"):
+                made = make()
+        except Exception:  # what reads values cannot run without them
+            made = make()
+    except Exception as error:
+        raise ValueError(f"{file}:{function} failed: {_first_line(error)}") from error
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], torch.nn.Module):
+        kinds = f"({', '.join(type(m).__name__ for m in made)})" if isinstance(made, tuple) else type(made).__name__
+        raise ValueError(f"{file}:{function} must return (model, example_inputs), an nn.Module and a dict, not {kinds}")
+    if not isinstance(made[1], (dict, tuple)):
+        raise ValueError(f"{file}:{function}: example_inputs must be a dict or a tuple, not {type(made[1]).__name__}")
+    return made
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+# ---- facts ----------------------------------------------------------------------------------------------------------
+
+
+def _pattern(path: str) -> str:
+    """`model.layers.3.mlp` to `model.layers.*.mlp`."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+
+
+def _parameters(gm: GraphModule) -> list[Node]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder" and n.meta["role"][0] == "parameter"]
+
+
+def _local(shape: Iterable[int], placements: dict[str, Layout], mesh: MeshShape) -> tuple[int, ...]:
+    local = tuple(shape)
+    for axis, layout in placements.items():
+        local = layout.local(local, mesh[axis])
+    return local
+
+
+def _placements(node: Node, mesh: MeshShape) -> dict[str, Layout]:
+    return {axis: p for axis, p in node.meta.get("placements", {}).items() if p.kind == "S" and mesh[axis] > 1}
+
+
+def _parameter(node: Node, mesh: MeshShape) -> dict[str, Any]:
+    placements = _placements(node, mesh)
+    shape = layouts.shape(node)
+    texts = []
+    for axis in ("ep", "tp"):
+        if axis in placements:
+            parts = len(placements[axis].sections)
+            texts.append(f"{axis}: Shard({placements[axis].dim})" + (f" of {parts} sections" if parts > 1 else ""))
+    return {
+        "name": node.meta["role"][1],
+        "layout": ", ".join(texts) or "replicated",
+        "shape": list(shape),
+        "local_shape": list(_local(shape, placements, mesh)),
+    }
+
+
+def _replicated(found: list[tuple[Node, str]]) -> list[dict[str, str]]:
+    merged = {}
+    for node, reason in found:
+        role = node.meta.get("role")
+        merged[_pattern(role[1] if role else module_path(node)), reason] = None
+    return [{"module": module, "reason": reason} for module, reason in merged]
+
+
+def _split_over_experts(gm: GraphModule, ep: int) -> dict[Node, Layout]:
+    """Layouts over ep of expert weights and their views, which the graph holds with global sizes."""
+    known: dict[Node, Layout] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            layout = node.meta.get("placements", {}).get("ep")
+            if layout is not None and ep > 1:
+                known[node] = layout
+        elif node.args and node.args[0] in known:
+            if node.target in (ops.enter.default, ops.slice.default, ops.share.default):
+                known[node] = known[node.args[0]]
+            elif node.target in CHAIN and node.target is not ops.per_expert.default:
+                with contextlib.suppress(NoRule, Sections):
+                    known[node] = layouts.apply(Call(node, {**dict.fromkeys(node.all_input_nodes, R), **known}, ep))
+    return known
+
+
+class _Shapes:
+    """Local shapes of the values of a rewritten graph, over both axes that split them."""
+
+    def __init__(self, gm: GraphModule, mesh: MeshShape):
+        self.mesh, self.experts = mesh, _split_over_experts(gm, mesh.ep)
+
+    def axes(self, node: Node, index: int | None = None) -> dict[str, Layout]:
+        layout = node.meta.get("layout", R)
+        layout = layout[index or 0] if isinstance(layout, tuple) else layout
+        found = {"ep": self.experts[node]} if node in self.experts else {}
+        return found | ({"tp": layout} if layout.kind == "S" else {})
+
+    def local(self, node: Node, index: int | None = None) -> tuple[int, ...]:
+        value = node.meta["val"]
+        value = value if index is None else value[index]
+        return _local(value.shape, self.axes(node, index), self.mesh)
+
+
+# ops whose VJP is a collective, of the same bytes as its result has (of the operand for all_to_all: rows are balanced)
+BACKWARD = {
+    ops.enter.default: "all_reduce",
+    ops.slice.default: "all_gather",
+    ops.all_to_all.default: "all_to_all",
+    ops.all_to_all_like.default: "all_to_all",
+}
+# operands that get no gradient although they are floating (only their size or dtype is read); None stands for all
+NO_GRADIENT: dict[Any, tuple[int, ...] | None] = {
+    ops.per_expert.default: (2,),
+    ops.all_to_all_like.default: (2,),
+    **dict.fromkeys(
+        (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+         aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
+    ),
+}  # fmt: skip
+
+
+def _cotangents(gm: GraphModule) -> set[Node]:
+    """Values that get a gradient in the backward: made from parameters, and a loss is made from them."""
+    found: set[Node] = set()
+    for node in reversed(gm.graph.nodes):
+        if node.op == "output":
+            found.update(a for a in node.all_input_nodes if a.meta.get("grad"))
+        elif node in found and node.op == "call_function":
+            skip = NO_GRADIENT.get(node.target, ())
+            if skip is not None:
+                operands = [a for i, a in enumerate(node.args) if i not in skip]
+                torch.fx.map_arg(
+                    (operands, dict(node.kwargs)), lambda a: found.add(a) if a.meta.get("grad") else None
+                )
+    return found
+
+
+def collectives(gm: GraphModule, mesh: MeshShape) -> list[dict[str, Any]]:
+    """Every collective of a training step, grouped by what it is and by the module pattern it belongs to."""
+    shapes, letters = _Shapes(gm, mesh), _Letters(gm, mesh)
+    rows: Counter[tuple] = Counter()
+
+    def add(kind: str, axis: str, role: str, phase: str, module: str, bytes_: int, formula: str) -> None:
+        if mesh[axis] > 1 and bytes_:
+            rows[kind, axis, role, phase, module, bytes_, formula] += 1
+
+    for node in gm.graph.nodes:
+        name = node.target._schema.name.removeprefix("ted::") if pipeline._ours(node) else ""
+        if name in pipeline.KINDS:
+            a = node.args[0]
+            role = "counts" if name == "exchange_counts" else "parameter" if a.meta["weights_only"] else "payload"
+            size = _bytes(a.meta["val"], shapes.local(a))
+            formula = letters.formula(a, shapes.axes(a), size)
+            add(pipeline.KINDS[name], node.args[-1], role, "forward", _pattern(module_path(node)), size, formula)
+    for node in _cotangents(gm):
+        if node.target in BACKWARD and node.args[0].meta.get("grad"):
+            role = "gradient" if node.meta["weights_only"] else "payload"
+            size = _bytes(node.meta["val"], shapes.local(node))
+            formula = letters.formula(node, shapes.axes(node), size)
+            module = _pattern(module_path(node))
+            add(BACKWARD[node.target], node.args[-1], role, "backward", module, size, formula)
+    for axis, members in _buckets(gm, mesh):
+        size = sum(_bytes(p.meta["val"], shapes.local(p)) for p in members)
+        module = _common([_pattern(p.meta["role"][1]).rpartition(".")[0] for p in members])
+        formula = letters.sum_of(members, shapes, size)
+        add("all_reduce", axis, "gradient", "backward", module, size, formula)
+    phases = ("forward", "recompute", "backward")
+    return [
+        {
+            "kind": kind, "axis": axis, "role": role, "phase": phase, "module": module, "count": count,
+            "bytes_per_rank": size, "wire_bytes": _wire(kind, size, mesh[axis]), "formula": formula,
+        }
+        for (kind, axis, role, phase, module, size, formula), count in sorted(
+            rows.items(), key=lambda r: (phases.index(r[0][3]), r[0][2] == "gradient", list(rows).index(r[0]))
+        )
+    ]  # fmt: skip
+
+
+def _bytes(value: torch.Tensor, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * value.element_size()
+
+
+def _wire(kind: str, size: int, n: int) -> int:
+    """What one rank sends: the ring algorithms of NCCL; an all-to-all keeps its own part."""
+    sent = {"all_reduce": 2 * (n - 1) * size / n, "all_gather": (n - 1) * size}
+    return round(sent.get(kind, (n - 1) * size / n))
+
+
+def _common(paths: list[str]) -> str:
+    parts = [p.split(".") for p in paths]
+    same = 0
+    while all(len(p) > same and p[same] == parts[0][same] for p in parts):
+        same += 1
+    return ".".join(parts[0][:same])
+
+
+def _buckets(gm: GraphModule, mesh: MeshShape) -> Iterator[tuple[str, list[Node]]]:
+    """Parameters whose gradients are reduced together: those of one kind, from the last used to the first."""
+    if mesh["data"] == 1:
+        return
+    shapes, got = _Shapes(gm, mesh), _cotangents(gm)
+    position = {n: i for i, n in enumerate(gm.graph.nodes)}
+    members = [p for p in _parameters(gm) if p in got]
+    members.sort(key=lambda p: -min(position[u] for u in p.users))
+    families: dict[tuple, list[Node]] = {}
+    for p in members:
+        axis = "dp" if "ep" in p.meta.get("placements", {}) else "data"
+        families.setdefault((axis, p.meta["val"].dtype), []).append(p)
+    for (axis, _), parameters in families.items():
+        bucket, size = [], 0
+        for p in parameters:
+            bucket.append(p)
+            size += _bytes(p.meta["val"], shapes.local(p))
+            if size >= reduce_gradients.BUCKET or p is parameters[-1]:
+                yield axis, bucket
+                bucket, size = [], 0
+
+
+class _Letters:
+    """Sizes of this model by their letters; a size at a place where a letter is expected is taken for it."""
+
+    def __init__(self, gm: GraphModule, mesh: MeshShape):
+        sym = lambda name: sympy.Symbol(name, positive=True)
+        self.mesh = mesh
+        self.values: dict[sympy.Symbol, int] = {sym(axis): mesh[axis] for axis in ("dp", "ep", "tp")}
+        self.width = sym("bytes")
+        self.first: list[sympy.Expr] = []
+        self.last: list[sympy.Expr] = []
+        known: dict[str, int] = {}
+        for n in gm.graph.nodes:
+            value = n.meta.get("val")
+            if n.op == "placeholder" and n.meta["role"][0] == "input" and isinstance(value, torch.Tensor):
+                if value.dim() == 2 and not value.is_floating_point():
+                    known.setdefault("B", value.shape[0])
+                    known.setdefault("S", value.shape[1])
+            elif n.target is ops.permute.default:
+                known.setdefault("H", layouts.shape(n.args[0])[1])
+                known.setdefault("K", layouts.shape(n.args[1])[1])
+                known.setdefault("E", n.args[2])
+            elif n.target is ops.grouped_mm.default and layouts.shape(n)[1] == known.get("H"):
+                known.setdefault("I", layouts.shape(n.args[0])[1])
+            elif n.target in (aten.embedding.default, ops.embedding_shard.default):
+                known.setdefault("V", layouts.shape(n.args[0])[0])
+                known.setdefault("H", layouts.shape(n.args[0])[1])
+        if "B" in known:
+            known["T"] = known["B"] * known["S"]
+        letters = {name: sym(name) for name in known}
+        self.values |= {letters[name]: size for name, size in known.items()}
+        self.sequence = letters.get("B"), letters.get("S")
+        tokens = [letters.get("T"), letters["T"] * letters["K"] if {"T", "K"} <= set(known) else None]
+        sizes = [letters.get(name) for name in "HIVEK"]
+        sizes.insert(2, 2 * letters["I"] if "I" in known else None)
+        self.tokens = [e for e in tokens if e is not None]
+        self.sizes = [e for e in sizes if e is not None]
+        self.letters = letters
+
+    def number(self, expression: sympy.Expr) -> Any:
+        return expression.subs(self.values)
+
+    def dim(self, size: int, i: int, of: int, weight: bool) -> sympy.Expr:
+        choices = list(self.sizes)
+        if weight and i == 0 and of > 2 and "E" in self.letters:
+            choices.insert(0, self.letters["E"])
+        if not weight and (i < of - 1 or of == 1):
+            choices = [*self.tokens, *self.sizes]
+            if of > 2 and i < 2 and self.sequence[i] is not None:
+                choices.insert(0, self.sequence[i])
+        return next((c for c in choices if self.number(c) == size), sympy.Integer(size))
+
+    def product(self, node: Node, axes: dict[str, Layout]) -> sympy.Expr:
+        shape, weight = layouts.shape(node), bool(node.meta.get("weights_only"))
+        if not node.meta["val"].is_floating_point() and len(shape) == 1:
+            weight = True  # counts of experts
+        result = sympy.Integer(1)
+        for i, size in enumerate(shape):
+            result *= self.dim(size, i, len(shape), weight)
+        b, s = self.sequence
+        if b is not None and {b, s} <= result.free_symbols:
+            result = result / (b * s) * self.letters["T"]
+        for axis in axes:
+            result /= sympy.Symbol(axis, positive=True)
+        return result
+
+    def checked(self, expression: sympy.Expr, node: Node, size: int) -> str:
+        expression *= self.width
+        number = self.number(expression).subs(self.width, node.meta["val"].element_size())
+        return str(expression) if number == size else str(size)
+
+    def formula(self, node: Node, axes: dict[str, Layout], size: int) -> str:
+        return self.checked(self.product(node, axes), node, size)
+
+    def sum_of(self, members: list[Node], shapes: _Shapes, size: int) -> str:
+        total = sum((self.product(p, shapes.axes(p)) for p in members), sympy.Integer(0))
+        return self.checked(sympy.factor_terms(total), members[0], size) if len(total.args) < 9 else str(size)
+
+
+# ---- the graph as code ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """One value of the graph: the module it belongs to, code, what is known about it, `>>` or `<<` for collectives."""
+
+    module: str
+    kind: str
+    code: str
+    comment: str
+    mark: str = ""
+
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64", torch.int64: "i64",
+         torch.int32: "i32", torch.bool: "bool"}  # fmt: skip
+INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">",
+         "ge": ">=", "bitwise_and": "&", "bitwise_or": "|", "__and__": "&", "logical_and": "&"}  # fmt: skip
+RESULTS = {ops.permute.default: ("rows", "counts", "perm", "order"), ops.regroup.default: ("order", "inverse"),
+           aten.topk.default: ("values", "indices"), aten.max.dim: ("values", "indices")}  # fmt: skip
+HIDDEN = {"device", "layout", "pin_memory", "memory_format", "non_blocking", "copy"}
+
+
+class Listing:
+    """Graphs as code, with the same names for the same values in every listing (before and after a pass)."""
+
+    def __init__(self, mesh: MeshShape):
+        self.mesh = mesh
+        self.names: dict[tuple[str, Node], str] = {}
+        self.used: dict[str, Counter[str]] = {}
+
+    def lines(self, gm: GraphModule) -> list[Line]:
+        self.shapes = _Shapes(gm, self.mesh)
+        self.received = _cotangents(gm)
+        return [
+            self.line(n) for n in gm.graph.nodes if n.op == "call_function" and n.target is not operator.getitem
+        ]
+
+    def line(self, node: Node) -> Line:
+        scope = layer_of(module_path(node))
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        kind = stack[-1][1] if stack else ""
+        kind = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+        code = self.code(node, scope)
+        value = node.meta.get("val")
+        if isinstance(value, (tuple, list)):
+            picks = {u.args[1]: u for u in node.users}
+            results = ", ".join(self.name(picks[i], scope) if i in picks else "_" for i in range(len(value)))
+            comment = "; ".join(self.comment(node, i) for i in range(len(value)) if i in picks)
+        else:
+            results, comment = self.name(node, scope), self.comment(node, None)
+        mark = ""
+        if pipeline._ours(node):
+            if node.target._schema.name.removeprefix("ted::") in pipeline.KINDS:
+                mark = ">>"
+            elif node.target in BACKWARD and node in self.received:
+                mark = "<<"
+                comment += f", backward: {BACKWARD[node.target]} over {node.args[-1]}"
+        return Line(module_path(node), kind, f"{results} = {code}", comment, mark)
+
+    def name(self, node: Node, scope: str) -> str:
+        if node.op == "placeholder":
+            name = node.meta["role"][1]
+            if not isinstance(name, str):
+                return node.name
+            return name.removeprefix(f"{scope}.") if scope else name
+        if (scope, node) not in self.names:
+            base = _op(node)
+            if node.target is operator.getitem:
+                source = node.args[0]
+                fixed = RESULTS.get(source.target)
+                base = fixed[node.args[1]] if fixed else f"{_op(source)}_{node.args[1]}"
+            used = self.used.setdefault(scope, Counter())
+            used[base] += 1
+            self.names[scope, node] = base if used[base] == 1 else f"{base}_{used[base]}"
+        return self.names[scope, node]
+
+    def comment(self, node: Node, index: int | None) -> str:
+        value = node.meta.get("val")
+        value = value[index] if index is not None and isinstance(value, (tuple, list)) else value
+        if not isinstance(value, torch.Tensor):
+            return ""
+        text = f"{NAMES.get(value.dtype, str(value.dtype))} {list(self.shapes.local(node, index))}"
+        layout = node.meta.get("layout")
+        layout = layout[index or 0] if isinstance(layout, tuple) else layout
+        return text if layout is None or self.mesh.tp == 1 else f"{text} {layout}"
+
+    def code(self, node: Node, scope: str) -> str:
+        show = lambda x: self.show(x, scope)
+        op, args, kwargs = _op(node), list(node.args), dict(node.kwargs)
+        if node.target is aten.slice.Tensor:
+            dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+            inside = f"{'' if not start else show(start)}:{'' if end is None or end > 2**60 else show(end)}"
+            return f"{show(args[0])}[{':, ' * (dim % args[0].meta['val'].dim())}{inside}{'' if step == 1 else f':{step}'}]"
+        if node.target is aten.select.int:
+            return f"{show(args[0])}[{':, ' * (args[1] % args[0].meta['val'].dim())}{show(args[2])}]"
+        if node.target is aten.index.Tensor:
+            return f"{show(args[0])}[{', '.join(':' if i is None else show(i) for i in args[1])}]"
+        if op in INFIX and len(args) == 2 and not kwargs:
+            return f"{show(args[0])} {INFIX[op]} {show(args[1])}"
+        if node.target in (ops.slice.default, ops.gather.default):
+            parts = f", sections={show(args[3])}" if args[3] else ""
+            return f"{op}({show(args[0])}, dim={args[1]}{parts}, axis={show(args[4])})"
+        schema = getattr(node.target, "_schema", None)
+        defaults = [a.default_value if a.has_default_value() else ... for a in schema.arguments] if schema else []
+        while args and len(args) <= len(defaults) and not isinstance(args[-1], Node) and args[-1] == defaults[len(args) - 1]:
+            args.pop()
+        shown = [show(a) for a in args]
+        shown += [f"{k}={show(v)}" for k, v in kwargs.items() if k not in HIDDEN and v is not None]
+        return f"{op}({', '.join(shown)})"
+
+    def show(self, x: Any, scope: str) -> str:
+        if isinstance(x, Node):
+            return self.name(x, scope)
+        if isinstance(x, (list, tuple)):
+            return f"[{', '.join(self.show(i, scope) for i in x)}]"
+        if isinstance(x, torch.dtype):
+            return NAMES.get(x, str(x))
+        return f"{x:.6g}" if isinstance(x, float) else repr(x)
+
+
+def _op(node: Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name.rpartition("::")[2] if schema else getattr(node.target, "__name__", node.name)
+    return {"scaled_dot_product_attention": "attention", "_to_copy": "to"}.get(name, name)
+
+
+def layer_of(path: str) -> str:
+    """`model.layers.3.mlp` to `model.layers.3`; empty outside of numbered modules."""
+    found = re.match(r"(.*?(?<![^.])\d+)(?![^.])", path)
+    return found[1] if found else ""
+
+
+def layers_of(lines: list[Line]) -> list[str]:
+    """Paths of the repeated layers: the numbered modules of the list with the most values."""
+    sizes = Counter(scope.rpartition(".")[0] for line in lines if (scope := layer_of(line.module)))
+    if not sizes:
+        return []
+    most = max(sizes, key=sizes.__getitem__)
+    found = {layer_of(line.module) for line in lines}
+    return sorted((f for f in found if f and f.rpartition(".")[0] == most), key=lambda f: int(f.rpartition(".")[2]))
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+
+class Style:
+    """Colours on a terminal, nothing elsewhere."""
+
+    def __init__(self, colour: bool):
+        self.colour = colour
+
+    def __call__(self, text: str, code: str) -> str:
+        return f"\033[{code}m{text}\033[0m" if self.colour and text else text
+
+    @staticmethod
+    def of(stream) -> Style:
+        return Style(stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb")
+
+
+BOLD, DIM, COLLECTIVE, BACK, ADDED, GONE = "1", "2", "1;35", "36", "32", "31"
+
+
+def choose(lines: list[Line], layer: str | int | None) -> list[str]:
+    """The layers that --layer names: "all", a number, or None for the first with an MoE block."""
+    known = layers_of(lines)
+    if layer == "all" or not known:
+        return known or [""]
+    if layer is None:
+        found = (layer_of(line.module) for line in lines if " = permute(" in line.code and line.code.startswith("rows"))
+        return [next((f for f in found if f in known), known[0])]
+    numbers = [name.rpartition(".")[2] for name in known]
+    if str(layer) not in numbers:
+        raise ValueError(f"layer {layer} is out of range: the model has layers {numbers[0]} to {numbers[-1]}")
+    return [known[numbers.index(str(layer))]]
+
+
+def render(found: Explanation, layer: str | int | None = None, colour: bool = False) -> str:
+    """An explanation as text, for people."""
+    style = Style(colour)
+    facts = found.facts
+    mesh = ", ".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
+    title = lambda text: f"\n{style(text, BOLD)}\n"
+    chosen = choose(found.lines, layer)
+    parts = [style(f"{facts['model']} on {mesh}", BOLD) + f"  ({math.prod(facts['mesh'].values())} ranks)"]
+    if found.pair:
+        before, after = (list(_layers(side, chosen, Style(False))) for side in found.pair)
+        parts += [title("before (-) and after (+)"), *_difference(before, after, style)]
+        return "\n".join(parts) + "\n"
+    parts += [title("Passes"), _passes(facts["passes"])]
+    parts += [title("Rewritten graph, one rank" + ("" if chosen == [""] else f": {', '.join(chosen)}")), LEGEND, ""]
+    parts += _layers(found.lines, chosen, style)
+    parts += [title("Parameters"), _parameter_table(facts["parameters"])]
+    parts += [title("Left replicated"), _replicated_table(facts["replicated"])]
+    parts += [title("Collectives of one training step"), _collective_table(facts["collectives"])]
+    return "\n".join(parts) + "\n"
+
+
+LEGEND = """>> collective    << collective in the backward    # dtype [local shape] layout over tp
+R same on all ranks   E same, its gradient partial   S(d) split on dim d   P partial sum"""
+
+
+def _table(rows: list, headers: list[str], **options) -> str:
+    return tabulate(rows, headers, tablefmt="simple", disable_numparse=True, **options)
+
+
+def _passes(passes: list[dict]) -> str:
+    def change(p: dict) -> str:
+        return ", ".join([f"+{n} {k}" for k, n in p["inserted"].items()] + [f"-{n} {k}" for k, n in p["removed"].items()])
+
+    total: Counter[str] = Counter()
+    rows = []
+    for p in passes:
+        before = sum(total.values())
+        total.update(p["inserted"])
+        total.subtract(p["removed"])
+        rows.append(
+            [p["name"], p["nodes_before"], p["nodes_after"], before, sum(total.values()), change(p), f"{p['seconds']:.2f} s"]
+        )
+    headers = ["pass", "nodes before", "after", "collectives before", "after", "", "time"]
+    return _table(rows, headers, colalign=("left", "right", "right", "right", "right", "left", "right"))
+
+
+def _layers(lines: list[Line], chosen: list[str], style: Style) -> Iterator[str]:
+    for layer in chosen:
+        inside = [x for x in lines if not layer or x.module == layer or x.module.startswith(f"{layer}.")]
+        kinds = {line.module: line.kind for line in inside}
+        yield style(f"   {layer or 'model'}: {kinds.get(layer, '')}".rstrip(": "), BOLD)
+        current = layer
+        for i, line in enumerate(inside):
+            alone = line.module not in (
+                inside[i - 1].module if i else "", inside[i + 1].module if i + 1 < len(inside) else "",
+            )  # fmt: skip
+            module = line.module.rpartition(".")[0] if alone and line.module != layer else line.module
+            if module != current and len(module) > len(layer):
+                old, new = (m.removeprefix(layer).strip(".").split(".") if m != layer else [] for m in (current, module))
+                same = next((k for k, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))
+                for k in range(same, len(new)):
+                    kind = kinds.get(".".join([layer, *new[: k + 1]]).strip("."), "")
+                    yield style(f"   {'  ' * (k + 1)}{new[k]}" + (f": {kind}" if kind else ""), BOLD)
+            current = module
+            depth = 1 + (len(module.removeprefix(layer).strip(".").split(".")) if len(module) > len(layer) else 0)
+            code = f"{'  ' * depth}{line.code}"
+            colour = {">>": COLLECTIVE, "<<": BACK}.get(line.mark, "")
+            comment = f"# {line.comment}" if line.comment else ""
+            text = style(f"{line.mark:2} {code}", colour) if colour else f"   {code}"
+            yield (text + " " * max(2, 88 - len(code)) + style(comment, DIM)).rstrip()
+        yield ""
+
+
+def _difference(before: list[str], after: list[str], style: Style) -> Iterator[str]:
+    for line in difflib.unified_diff(before, after, n=len(before) + len(after), lineterm=""):
+        if not line.startswith(("---", "+++", "@@")):
+            yield style(line, ADDED if line[0] == "+" else GONE) if line[0] in "+-" else line
+
+
+def _parameter_table(parameters: list[dict]) -> str:
+    groups: Counter[tuple] = Counter()
+    for p in parameters:
+        groups[_pattern(p["name"]), p["layout"], str(p["shape"]), str(p["local_shape"])] += 1
+    total, local = (sum(math.prod(p[key]) for p in parameters) for key in ("shape", "local_shape"))
+    rows = [[name, n, shape, local_shape, layout] for (name, layout, shape, local_shape), n in groups.items()]
+    return _table(rows, ["parameter", "times", "shape", "local shape", "layout"]) + (
+        f"\n\n{total:,} parameters, {local:,} on each rank ({100 * local / total:.1f} %)"
+    )
+
+
+def _replicated_table(replicated: list[dict]) -> str:
+    if not replicated:
+        return "nothing that could be split"
+    return "\n".join(f"{r['module']}: {r['reason']}" for r in replicated)
+
+
+def human(size: float) -> str:
+    """1536 to '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def _collective_table(found: list[dict]) -> str:
+    if not found:
+        return "none"
+    rows = [
+        [c["phase"], c["kind"], c["axis"], c["role"], c["module"], c["count"], human(c["bytes_per_rank"]),
+         human(c["wire_bytes"]), c["formula"]]
+        for c in found
+    ]  # fmt: skip
+    headers = ["phase", "kind", "axis", "role", "module", "count", "a call", "sent", "bytes a call"]
+    text = _table(rows, headers, colalign=("left",) * 5 + ("right",) * 3 + ("left",))
+    calls: Counter[str] = Counter()
+    sent: Counter[str] = Counter()
+    for c in found:
+        calls[c["axis"]] += c["count"]
+        sent[c["axis"]] += c["count"] * c["wire_bytes"]
+    for axis in calls:
+        where = "data (dp x ep)" if axis == "data" else axis
+        text += f"\n\n{where}: {calls[axis]} calls, each rank sends {human(sent[axis])}"
+    return text

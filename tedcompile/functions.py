@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import enum
 import functools
-import inspect
 import itertools
 import sys
 import threading
@@ -50,32 +49,24 @@ def keep_functions() -> Iterator[None]:
     ValueError for what export would drop (tensor hooks, reentrant checkpointing) and for a Function that writes to its
     inputs, whose forward needs values to run, or which reaches parameters that are not among its arguments.
     """
-    apply: Any = Function.apply
+    base: Any = Function.__base__  # Function.apply calls its apply, also where a model holds `MyFunction.apply`
 
     def kept_apply(cls, *args, **kwargs):
-        if _thread.inside:
-            return apply.__func__(cls, *args, **kwargs)
-        if cls is CheckpointFunction:
+        if cls is CheckpointFunction and not _thread.inside:
             raise ValueError(
                 "checkpoint(..., use_reentrant=True) cannot be captured; pass use_reentrant=False (Hugging Face: "
                 'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}))'
             )
-        if cls.__module__.startswith("torch."):
-            return apply.__func__(cls, *args, **kwargs)
-        if _sets_up_context(cls):
-            bound = inspect.signature(cls.forward).bind(*args, **kwargs)
-            bound.apply_defaults()
-            args, kwargs = bound.args, bound.kwargs
         _, tensors, ints = _split(args)
-        if kwargs or not tensors:
-            return apply.__func__(cls, *args, **kwargs)
+        if _thread.inside or cls.__module__.startswith("torch.") or kwargs or not tensors:
+            return super(base, cls).apply(*args, **kwargs)
         needs = [position is not None and t.requires_grad for position, t in zip(_positions(args), tensors)]
         outputs = torch.ops.tedfn.forward(_register(cls, args), tensors, ints, needs, "")
         run = _thread.run
         return run.output.fill([outputs[i] for i in run.order], run.output_ints)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_replaced(Function, "apply", classmethod(kept_apply)))
+        stack.enter_context(_replaced(base, "apply", classmethod(kept_apply)))
         for hook, cure in {
             "register_hook": "write it as a torch.autograd.Function that returns its input and does this in backward",
             "register_post_accumulate_grad_hook": "register it on a parameter of the model that parallelize returns",
@@ -310,16 +301,20 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+_MISSING = object()
 
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    saved = vars(owner)[name]
+    saved = vars(owner).get(name, _MISSING)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, saved)
+        if saved is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, saved)
 
 
 @contextlib.contextmanager

@@ -88,5 +88,29 @@ def evaluate(node: Node, values: dict[Node, Any]) -> Any:
             pending.extend(missing)
             continue
         args, kwargs = torch.fx.map_arg((n.args, n.kwargs), values.__getitem__)
-        values[n] = n.target(*args, **kwargs)
+        values[n] = STABLE.get(n.target, n.target)(*args, **kwargs)
     return values[node]
+
+
+# any order that an unstable sort may give is right: the stable one is taken, so that two sorts agree
+STABLE = {
+    aten.argsort.default: lambda x, dim=-1, descending=False: x.argsort(dim=dim, descending=descending, stable=True),
+    aten.sort.default: lambda x, dim=-1, descending=False: x.sort(dim=dim, descending=descending, stable=True),
+}
+
+
+def sort_nodes(graph: Graph) -> None:
+    """Moves nodes behind what they read, and leaves the order as it is otherwise."""
+    pending, ready, waiting = list(reversed(graph.nodes)), set(), {}
+    last: Node | None = None
+    while pending:
+        node = pending.pop()
+        missing = [a for a in node.all_input_nodes if a not in ready]
+        if missing:
+            waiting.setdefault(missing[-1], []).append(node)
+            continue
+        ready.add(node)
+        if last is not None and last.next is not node:
+            last.append(node)
+        last = node
+        pending.extend(reversed(waiting.pop(node, [])))

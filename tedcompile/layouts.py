@@ -470,7 +470,8 @@ def _along(c: Call) -> Layout:
     layout = c.layout(a)
     if layout.kind != "S":
         return c.default()
-    if not dims and dims != 0 or layout.dim in {d % ndim(a) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}:
+    dims = dims or range(ndim(a)) if isinstance(dims, (list, tuple, type(None))) else [dims]  # roll flattens without dims
+    if layout.dim in {d % ndim(a) for d in dims}:
         raise NoRule(f"{c.node.target} along the dim that is split")
     return layout
 
@@ -533,11 +534,22 @@ def _softmax(c: Call) -> Layout:
     return layout
 
 
-@rule(aten.var.correction, aten.topk.default, aten.sort.default, aten.argsort.default, aten.max.dim, aten.argmax.default)
+@rule(aten.var.correction, aten.topk.default, aten.sort.default, aten.argsort.default, aten.argmax.default)
 def _along_one(c: Call) -> Any:
     if c.sharded():
         raise NoRule(f"{c.node.target} of a split value")
     return c.default()
+
+
+@rule(aten.max.dim)
+def _max(c: Call) -> Any:
+    a, dim = c.node.args[0], c.node.args[1] % ndim(c.node.args[0])
+    layout = c.layout(a)
+    if layout.kind != "S":
+        return c.default()
+    if dim == layout.dim:
+        raise NoRule("max along the dim that is split")
+    return S(layout.dim - (not c.arg(2, False) and dim < layout.dim), layout.sections)
 
 
 @rule(aten.rms_norm.default)
@@ -736,6 +748,7 @@ def _embedding_shard(c: Call) -> Layout:
 @rule(ops.permute.default)
 def _permute(c: Call) -> Any:
     x, index, _ = c.node.args
+    c.need(index, R)
     layout = c.layout(x)
     if layout == P:
         c.need(x, R)
@@ -800,6 +813,10 @@ def _share(c: Call) -> Layout:
 
 @rule(ops.all_reduce.default)
 def _all_reduce(c: Call) -> Layout:
+    if c.node.args[1] != "tp":  # counts over data ranks: these layouts are about tp
+        if differentiable(c.node.args[0]):
+            raise NoRule("a sum over data ranks inside the forward has no gradient rule")
+        return c.default()
     c.need(c.node.args[0], P)
     return R
 

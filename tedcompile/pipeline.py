@@ -11,9 +11,10 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from tedcompile import graphs
-from tedcompile.capture import Captured
+from tedcompile.capture import Captured, module_path
 from tedcompile.layouts import Layout
 from tedcompile.mesh import MeshShape
+from tedcompile.ops import ops
 from tedcompile.passes import causal_mask, check, functionalise, randomness, recognise_sorted, shard_experts, shard_tensors, sum_buffers
 
 # ted op -> the kind of collective that a reader knows
@@ -45,17 +46,22 @@ class Record:
     nodes_after: int
     inserted: dict[str, int]
     removed: dict[str, int]
-    before: str = ""
-    after: str = ""
+    before: Any = ""
+    after: Any = ""
 
 
 @dataclass
 class Context:
-    """What passes know and leave behind. `fixed`: layouts by parameter name that an earlier signature has decided."""
+    """What passes know and leave behind.
+
+    `fixed`: layouts by parameter name that an earlier signature has decided. `show` makes of the graph what the record
+    of the pass named `dump` keeps, before and after it.
+    """
 
     shape: MeshShape
     decided: dict[str, dict[str, Layout]] | None = None
     dump: str = ""
+    show: Callable[[GraphModule], Any] = lambda gm: str(gm.graph)
     mutations: dict[Node, Node] = field(default_factory=dict)
     replicated: list[tuple[Node, str]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
@@ -107,7 +113,7 @@ def run_forward(captured: Captured, ctx: Context) -> GraphModule:
 
 def run_pass(name: str, run: Callable, gm: GraphModule, ctx: Context) -> None:
     nodes, before = len(gm.graph.nodes), collectives(gm)
-    text = str(gm.graph) if ctx.dump == name else ""
+    text = ctx.show(gm) if ctx.dump == name else ""
     start = time.perf_counter()
     run(gm, ctx)
     seconds = time.perf_counter() - start
@@ -117,4 +123,43 @@ def run_pass(name: str, run: Callable, gm: GraphModule, ctx: Context) -> None:
         Record(name, seconds, nodes, len(gm.graph.nodes), dict(after - before), dict(before - after), text)
     )
     if ctx.dump == name:
-        ctx.records[-1].after = str(gm.graph)
+        ctx.records[-1].after = ctx.show(gm)
+
+
+def where(node: Node) -> str:
+    """How users know a node: the parameter's name, or the module's path."""
+    role = node.meta.get("role")
+    return role[1] if role else module_path(node)
+
+
+def placements(gm: GraphModule) -> dict[str, dict[str, Layout]]:
+    """The layout over each axis of every parameter that the graph reads, by name."""
+    return {
+        n.meta["role"][1]: n.meta.get("placements", {})
+        for n in gm.graph.nodes
+        if n.op == "placeholder" and n.meta["role"][0] == "parameter"
+    }
+
+
+def require_axes(gm: GraphModule, ctx: Context) -> None:
+    """ValueError for a tp or ep that splits nothing at all: the mesh would only multiply the work."""
+    split = {axis for layouts in placements(gm).values() for axis in layouts}
+    for axis in ("tp", "ep"):
+        size = ctx.shape[axis]
+        if size == 1 or axis in split:
+            continue
+        found = [(n, r) for n, r in ctx.replicated if (n.op == "placeholder") == (axis == "tp")]
+        why = f"{where(found[0][0])}: {found[0][1]}" if found else "the model has no part that it could split"
+        sizes = sorted({d for n in gm.graph.nodes for d in _divisors(n, axis)})
+        hint = f"; {axis} = {', '.join(map(str, sizes[:8]))} would" if sizes else ""
+        raise ValueError(f"{axis}={size} cannot work, no parameter divides over it: {why}{hint}")
+
+
+def _divisors(node: Node, axis: str) -> list[int]:
+    if axis == "ep" and node.target is ops.permute.default:
+        return [d for d in range(2, node.args[2] + 1) if node.args[2] % d == 0]
+    role = node.meta.get("role", ("",))
+    if axis == "tp" and role[0] == "parameter" and node.meta["val"].dim() > 1:
+        last = node.meta["val"].shape[-1]
+        return [d for d in (2, 4, 8) if last % d == 0]
+    return []

@@ -238,7 +238,7 @@ class Runtime:
             run = self.together(lambda: run if first else work())
         else:
             run = self.together(work)
-        self.replicated = [(_where(node), reason) for node, reason in ctx.replicated]
+        self.replicated = [(pipeline.where(node), reason) for node, reason in ctx.replicated]
         buffers = [b.meta["role"][1] for b in ctx.mutations]
         leaves_out = captured.out_spec.num_leaves
         return Program(run, sources, captured.constants, captured.out_spec, kept, leaves_out, buffers)
@@ -261,13 +261,6 @@ class Runtime:
                 f"the tensor-parallel ranks of data rank {wrong[0]} bring different batches: give all tp ranks of one "
                 "data rank the same one (tedcompile.data_rank(mesh) and data_world(mesh) are for the sampler)"
             )
-
-
-def _where(node) -> str:
-    from tedcompile.capture import module_path
-
-    role = node.meta.get("role")
-    return role[1] if role else module_path(node)
 
 
 def select_outputs(captured, model: torch.nn.Module, training: bool, names: tuple[str, ...]) -> list[int]:

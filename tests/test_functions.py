@@ -33,6 +33,9 @@ class Old(Function):
         return 3 * g * y, 5 * g * x
 
 
+old_apply = Old.apply
+
+
 class New(Function):
     @staticmethod
     def forward(x, factor=2.0):
@@ -261,9 +264,10 @@ def aliases(m, x):
 
 CASES = {
     "old": lambda m, x: Old.apply(m.w * 2, m.b * x).sin().sum(),
+    "bound_before": lambda m, x: old_apply(m.w * 2, m.b * x).sum(),
     "same_twice": lambda m, x: (lambda t: Old.apply(t, t))(m.w * x).sum(),
     "old_transposed": lambda m, x: Old.apply((m.w * 2).t(), (m.b * x).t()).sin().sum(),
-    "new": lambda m, x: New.apply(New.apply(m.w * x), factor=3.0).sum(),
+    "new": lambda m, x: New.apply(New.apply(m.w * x), 3.0).sum(),
     "several": several,
     "listed": listed,
     "unmaterialized": lambda m, x: Unmaterialized.apply(m.w * x)[0].sum(),
@@ -643,16 +647,16 @@ def test_hooks_on_parameters_and_modules_are_refused_by_name():
 
 
 def test_patches_are_undone_and_nest():
-    originals = vars(Function)["apply"], torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook
-    model, x = model_of("old"), torch.randn(3, 4)
-    with pytest.raises(ZeroDivisionError), keep_functions(), keep_functions():
+    def patched():
+        return Old.apply, "apply" in vars(Function.__base__), vars(torch.Tensor)["register_hook"]
+
+    before, model, x = patched(), model_of("old"), torch.randn(3, 4)
+    with pytest.raises(ZeroDivisionError), keep_functions():
+        inside = patched()
         program = captured(model, x)
+        assert patched() == inside != before
         raise ZeroDivisionError
-    assert originals == (
-        vars(Function)["apply"],
-        torch.Tensor.register_hook,
-        torch.Tensor.register_post_accumulate_grad_hook,
-    )
+    assert patched() == before
     check(run_joint(program, x), reference(model, x))
 
 
@@ -685,3 +689,14 @@ def test_runs_in_inference_mode():
     gm = captured(model, x).module()
     with torch.inference_mode():
         torch.testing.assert_close(gm(x * 1), model(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", ["old", "attributes", "several", "aliases", "data_dependent"])
+def test_captured_on_the_cpu_and_run_on_a_gpu(case):
+    model, x = model_of(case), torch.randn(3, 4)
+    module = captured(model, x).module().cuda()
+    model, x = model.cuda(), x.cuda()
+    for run in (reference, lambda *args: joint(*args)()):
+        check(run(module, x), reference(model, x))

@@ -1,0 +1,89 @@
+"""The command line: `tedcompile explain MODEL --mesh ep=4,tp=2`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+EPILOG = """MODEL is a transformers model type (mixtral, qwen3_moe: the default configuration of that type), a config.json or a
+folder with one, or file.py:function, a function that returns (model, example_inputs).
+No weights, devices or processes are needed."""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="tedcompile", description="Tensor x expert x data parallelism for plain MoE models.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    explain = commands.add_parser(
+        "explain",
+        help="what the compiler makes of a model on a mesh",
+        description="Shows what tedcompile makes of a model on a mesh: passes, graph, layouts, collectives.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = explain.add_argument
+    add("model", metavar="MODEL", help="model type, config.json, folder, or file.py:function")
+    add("--mesh", required=True, metavar="dp=1,ep=2,tp=2", help="sizes of the axes; an axis left out has size 1")
+    add("--batch", type=int, metavar="N", help="sequences in one rank's batch (1)")
+    add("--seq", type=int, metavar="N", help="positions in a sequence (2048)")
+    add("--dtype", metavar="NAME", help="of the parameters: bf16 (default), fp16 or fp32")
+    add("--layer", metavar="K", help="layer to print, or all (default: the first one with an MoE block)")
+    add("--pass", dest="dump", default="", metavar="NAME", help="print that layer before and after one pass, only")
+    add("--json", action="store_true", help="print one JSON object")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, or 2 for input that cannot work (one sentence on stderr)."""
+    options = parser().parse_args(argv)
+    try:
+        text = _explain(options)
+    except (ValueError, TypeError) as error:
+        print(f"tedcompile: {error}", file=sys.stderr)
+        return 2
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # the reader has seen enough; nothing is left to flush at exit
+        with contextlib.suppress(OSError, ValueError, io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> str:
+    from tedcompile.mesh import MeshShape
+
+    shape = MeshShape.parse(options.mesh)  # before the imports that take seconds
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    from tedcompile import explain
+
+    if options.dtype is not None and options.dtype not in explain.DTYPES:
+        raise ValueError(f"unknown dtype {options.dtype!r}: choose bf16, fp16 or fp32")
+    if ".py:" in options.model:
+        given = [f"--{name}" for name in ("batch", "seq", "dtype") if getattr(options, name) is not None]
+        if given:
+            raise ValueError(f"{given[0]} is for transformers models: {options.model} makes its own inputs and weights")
+    if options.layer is not None and options.layer != "all" and not options.layer.isdigit():
+        raise ValueError(f"--layer takes a number or all, not {options.layer!r}")
+    found = explain.analyse(
+        options.model,
+        shape,
+        batch=explain.BATCH if options.batch is None else options.batch,
+        seq=explain.SEQ if options.seq is None else options.seq,
+        dtype=explain.DTYPES[options.dtype or "bf16"],
+        dump=options.dump,
+    )
+    if options.json:
+        return json.dumps(found.facts, indent=2) + "\n"
+    return explain.render(found, options.layer, explain.Style.of(sys.stdout).colour)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
