@@ -146,7 +146,9 @@ class _Aliases:
             node.kwargs = torch.fx.map_arg(node.kwargs, self.current)
         if node.target is aten.lift_fresh_copy.default:  # a copy, although its fake shares storage
             return
-        source = next((a for a in node.all_input_nodes if _storage(a) is not None and _storage(a) == _storage(node)), None)
+        source = next(
+            (a for a in node.all_input_nodes if _storage(a) is not None and _storage(a) == _storage(node)), None
+        )
         if source is not None:
             self.parent[node] = original = self.owner.get(source, source)
             self.seen[node] = self.version.get(self.base(original), 0)

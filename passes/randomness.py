@@ -102,7 +102,9 @@ def run(gm: GraphModule, ctx) -> None:
             continue
         replace = _dropout if node.target is aten.dropout.default else TABLE.get(node.target)
         if replace is None:
-            raise ValueError(f"the random op {node.target} at {source_line(node)} cannot be drawn alike on all tp ranks")
+            raise ValueError(
+                f"the random op {node.target} at {source_line(node)} cannot be drawn alike on all tp ranks"
+            )
         if seed is None:
             seed = _seed(gm)
         layout = node.meta["layout"]

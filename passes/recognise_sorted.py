@@ -121,8 +121,8 @@ class _Block:
             if not isinstance(value, torch.Tensor):
                 depends.add(n)
                 continue
-            if value.is_floating_point() and not (_static(value) and value.numel() == self.experts):
-                continue  # histograms are counted in floats; what is larger is activations
+            if value.is_floating_point() and not (_static(value) and value.numel() in (self.experts, self.rows)):
+                continue  # histograms are counted in floats, of floats; what is larger is activations
             depends.add(n)
             found[n] = {"counts", "token", "slot", "expert", "inverse"}
         for values in trials:
@@ -196,12 +196,15 @@ class _Block:
         for u in self.readers(roles, "expert", 0):
             if u.args[0].meta["val"].is_floating_point():
                 swap(u, ops.per_expert.default, (u.args[0], counts, rows))
+
         def add_to_tokens(u: Node, y: Node) -> None:
             """u adds the rows y to the tokens of u's first operand."""
             source = u.args[0]
             with graph.inserting_before(u):
                 total = add(ops.gather_sum.default, (y, perm, order), u, u.meta["val"])
-                changed.append((u, total if _zeros(source) else add(aten.add.Tensor, (source, total), u, u.meta["val"])))
+                changed.append(
+                    (u, total if _zeros(source) else add(aten.add.Tensor, (source, total), u, u.meta["val"]))
+                )
 
         for n, role in roles.items():
             for u in list(n.users):

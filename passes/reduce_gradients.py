@@ -53,7 +53,9 @@ def run(gm: GraphModule, ctx) -> None:
     output.args = (tuple(results),)
 
 
-def _reduce(gm: GraphModule, bucket: list[tuple[int, Node]], axis: str | None, scale: float, output: Node) -> list[Node]:
+def _reduce(
+    gm: GraphModule, bucket: list[tuple[int, Node]], axis: str | None, scale: float, output: Node
+) -> list[Node]:
     graph = gm.graph
     last = bucket[-1][1]
     grads = [g for _, g in bucket]

@@ -130,6 +130,8 @@ def _stray(gm: GraphModule, rows: Node, counts: Node, enters: list[Node], combin
     for n in gm.graph.nodes:
         if n in reached or n in combines or not reached.intersection(n.all_input_nodes):
             continue
+        if n.target in PER_EXPERT and n.args[PER_EXPERT[n.target][1]] is not counts:
+            return f"{n.name} groups its rows by other counts"
         values = n.meta.get("val")
         values = [v for v in (values if isinstance(values, (tuple, list)) else [values]) if isinstance(v, torch.Tensor)]
         stays = [

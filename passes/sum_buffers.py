@@ -12,8 +12,10 @@ from torch.fx import GraphModule, Node
 
 from tedcompile import graphs
 from tedcompile.capture import source_line
-from tedcompile.layouts import R, aten
+from tedcompile.layouts import R, aten, shape
 from tedcompile.ops import ops
+
+COPIES = {aten.expand.default, aten.to.dtype, aten.alias.default, aten.detach.default, aten.clone.default}
 
 
 def run(gm: GraphModule, ctx) -> None:
@@ -26,6 +28,10 @@ def run(gm: GraphModule, ctx) -> None:
 def _sum(gm: GraphModule, buffer: Node, value: Node) -> None:
     node = value
     while node is not buffer:
+        if node.target in COPIES and node.meta["val"].dtype == node.args[0].meta["val"].dtype:
+            if shape(node) == shape(node.args[0]):  # buffer += x is an addition and a copy of its result
+                node = node.args[0]
+                continue
         adds = node.target is aten.add.Tensor and not node.kwargs
         operands = [a for a in node.args if isinstance(a, Node)] if adds else []
         chain = [a for a in operands if _reaches(a, buffer)]

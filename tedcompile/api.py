@@ -109,7 +109,9 @@ def _place(model: torch.nn.Module, runtime: Runtime) -> None:
                 if id(value) not in done:
                     with torch.no_grad():
                         whole = _broadcast(value.detach().to(groups.device), groups)
-                        done[id(value)] = _shard(whole, value, names.get(id(value), {}), groups) if parameters else whole
+                        done[id(value)] = (
+                            _shard(whole, value, names.get(id(value), {}), groups) if parameters else whole
+                        )
                 slot[leaf] = done[id(value)]
                 runtime.slots[f"{path}.{leaf}" if path else leaf] = (slot, leaf)
 

@@ -190,15 +190,20 @@ def module_path(node: Node) -> str:
 
 
 def _explained(error: Exception, model: torch.nn.Module) -> Exception:
-    if isinstance(error, (ValueError, TypeError)) and getattr(error, "__module__", "") != "torch" and "tedcompile" in str(
-        traceback.extract_tb(error.__traceback__)[-1].filename
+    if (
+        isinstance(error, (ValueError, TypeError))
+        and getattr(error, "__module__", "") != "torch"
+        and "tedcompile" in str(traceback.extract_tb(error.__traceback__)[-1].filename)
     ):
         return error
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
     frames = [f for f in frames if "/tedcompile/" not in f.filename]
     where = f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else type(model).__name__
     text = str(error)
-    if type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException") or "data-dependent" in text:
+    if (
+        type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException")
+        or "data-dependent" in text
+    ):
         cause = "control flow or a size depends on the values of tensors; use torch.where, or a mask, instead"
     else:
         cause = f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else 'no message'}"

@@ -18,7 +18,9 @@ No weights, devices or processes are needed."""
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="tedcompile", description="Tensor x expert x data parallelism for plain MoE models.")
+    top = argparse.ArgumentParser(
+        prog="tedcompile", description="Tensor x expert x data parallelism for plain MoE models."
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     explain = commands.add_parser(
         "explain",

@@ -31,7 +31,7 @@ from torch.fx import GraphModule, Node
 
 from tedcompile import frontends, layouts, pipeline
 from tedcompile.capture import bind, capture, module_path
-from tedcompile.layouts import Call, Layout, NoRule, R, S, Sections, aten
+from tedcompile.layouts import Call, Layout, NoRule, R, Sections, aten
 from tedcompile.mesh import MeshShape, shape_of
 from tedcompile.ops import ops
 from tedcompile.passes import reduce_gradients
@@ -212,7 +212,9 @@ def from_config(config: Any, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Mo
     """The causal language model of a transformers configuration, on the meta device."""
     transformers = _transformers()
     if not isinstance(config, getattr(transformers, "PreTrainedConfig", transformers.PretrainedConfig)):
-        raise TypeError(f"model must be an nn.Module, a transformers configuration or a name, got {type(config).__name__}")
+        raise TypeError(
+            f"model must be an nn.Module, a transformers configuration or a name, got {type(config).__name__}"
+        )
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise ValueError(f"transformers has no causal language model of type {config.model_type!r}")
     try:
@@ -366,9 +368,7 @@ def _cotangents(gm: GraphModule) -> set[Node]:
             skip = NO_GRADIENT.get(node.target, ())
             if skip is not None:
                 operands = [a for i, a in enumerate(node.args) if i not in skip]
-                torch.fx.map_arg(
-                    (operands, dict(node.kwargs)), lambda a: found.add(a) if a.meta.get("grad") else None
-                )
+                torch.fx.map_arg((operands, dict(node.kwargs)), lambda a: found.add(a) if a.meta.get("grad") else None)
     return found
 
 
@@ -565,9 +565,7 @@ class Listing:
     def lines(self, gm: GraphModule) -> list[Line]:
         self.shapes = _Shapes(gm, self.mesh)
         self.received = _cotangents(gm)
-        return [
-            self.line(n) for n in gm.graph.nodes if n.op == "call_function" and n.target is not operator.getitem
-        ]
+        return [self.line(n) for n in gm.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
 
     def line(self, node: Node) -> Line:
         scope = layer_of(module_path(node))
@@ -624,7 +622,9 @@ class Listing:
         if node.target is aten.slice.Tensor:
             dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
             inside = f"{'' if not start else show(start)}:{'' if end is None or end > 2**60 else show(end)}"
-            return f"{show(args[0])}[{':, ' * (dim % args[0].meta['val'].dim())}{inside}{'' if step == 1 else f':{step}'}]"
+            return (
+                f"{show(args[0])}[{':, ' * (dim % args[0].meta['val'].dim())}{inside}{'' if step == 1 else f':{step}'}]"
+            )
         if node.target is aten.select.int:
             return f"{show(args[0])}[{':, ' * (args[1] % args[0].meta['val'].dim())}{show(args[2])}]"
         if node.target is aten.index.Tensor:
@@ -636,7 +636,12 @@ class Listing:
             return f"{op}({show(args[0])}, dim={args[1]}{parts}, axis={show(args[4])})"
         schema = getattr(node.target, "_schema", None)
         defaults = [a.default_value if a.has_default_value() else ... for a in schema.arguments] if schema else []
-        while args and len(args) <= len(defaults) and not isinstance(args[-1], Node) and args[-1] == defaults[len(args) - 1]:
+        while (
+            args
+            and len(args) <= len(defaults)
+            and not isinstance(args[-1], Node)
+            and args[-1] == defaults[len(args) - 1]
+        ):
             args.pop()
         shown = [show(a) for a in args]
         shown += [f"{k}={show(v)}" for k, v in kwargs.items() if k not in HIDDEN and v is not None]
@@ -739,7 +744,9 @@ def _table(rows: list, headers: list[str], **options) -> str:
 
 def _passes(passes: list[dict]) -> str:
     def change(p: dict) -> str:
-        return ", ".join([f"+{n} {k}" for k, n in p["inserted"].items()] + [f"-{n} {k}" for k, n in p["removed"].items()])
+        return ", ".join(
+            [f"+{n} {k}" for k, n in p["inserted"].items()] + [f"-{n} {k}" for k, n in p["removed"].items()]
+        )
 
     total: Counter[str] = Counter()
     rows = []
@@ -748,7 +755,15 @@ def _passes(passes: list[dict]) -> str:
         total.update(p["inserted"])
         total.subtract(p["removed"])
         rows.append(
-            [p["name"], p["nodes_before"], p["nodes_after"], before, sum(total.values()), change(p), f"{p['seconds']:.2f} s"]
+            [
+                p["name"],
+                p["nodes_before"],
+                p["nodes_after"],
+                before,
+                sum(total.values()),
+                change(p),
+                f"{p['seconds']:.2f} s",
+            ]
         )
     headers = ["pass", "nodes before", "after", "collectives before", "after", "", "time"]
     return _table(rows, headers, colalign=("left", "right", "right", "right", "right", "left", "right"))
@@ -766,7 +781,9 @@ def _layers(lines: list[Line], chosen: list[str], style: Style) -> Iterator[str]
             )  # fmt: skip
             module = line.module.rpartition(".")[0] if alone and line.module != layer else line.module
             if module != current and len(module) > len(layer):
-                old, new = (m.removeprefix(layer).strip(".").split(".") if m != layer else [] for m in (current, module))
+                old, new = (
+                    m.removeprefix(layer).strip(".").split(".") if m != layer else [] for m in (current, module)
+                )
                 same = next((k for k, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))
                 for k in range(same, len(new)):
                     kind = kinds.get(".".join([layer, *new[: k + 1]]).strip("."), "")

@@ -213,9 +213,11 @@ def pointwise(c: Call) -> Layout:
 
 
 rule(aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default)(
-    lambda c: c.layout(c.node.args[0])
-    if c.layout(c.node.args[0]).kind == "S" or val(c.node).dtype == val(c.node.args[0]).dtype
-    else c.default()
+    lambda c: (
+        c.layout(c.node.args[0])
+        if c.layout(c.node.args[0]).kind == "S" or val(c.node).dtype == val(c.node.args[0]).dtype
+        else c.default()
+    )
 )
 rule(aten.detach.default, aten.zeros_like.default, aten.ones_like.default)(
     lambda c: c.layout(c.node.args[0]) if c.layout(c.node.args[0]).kind == "S" else c.default()
@@ -470,7 +472,9 @@ def _along(c: Call) -> Layout:
     layout = c.layout(a)
     if layout.kind != "S":
         return c.default()
-    dims = dims or range(ndim(a)) if isinstance(dims, (list, tuple, type(None))) else [dims]  # roll flattens without dims
+    dims = (
+        dims or range(ndim(a)) if isinstance(dims, (list, tuple, type(None))) else [dims]
+    )  # roll flattens without dims
     if layout.dim in {d % ndim(a) for d in dims}:
         raise NoRule(f"{c.node.target} along the dim that is split")
     return layout
@@ -505,9 +509,7 @@ def _reduce(c: Call) -> Layout:
     return P
 
 
-rule(aten.div.Scalar, aten.mul.Scalar)(
-    lambda c: P if c.layout(c.node.args[0]) == P else pointwise(c)
-)
+rule(aten.div.Scalar, aten.mul.Scalar)(lambda c: P if c.layout(c.node.args[0]) == P else pointwise(c))
 
 
 @rule(aten.amax.default, aten.amin.default)
@@ -692,7 +694,7 @@ def _attention(c: Call) -> Layout:
 
 @rule(aten.embedding.default)
 def _embedding(c: Call) -> Layout:
-    weight, ids, padding = c.node.args[0], c.node.args[1], c.arg(2, -1)
+    weight, _ids, padding = c.node.args[0], c.node.args[1], c.arg(2, -1)
     if not any(c.node.args[3:]) and c.assign(weight, S(0)):
         c.emit = lambda w, i, *rest: ops.embedding_shard.default(w, i, padding, "tp")
         return P

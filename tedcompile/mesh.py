@@ -46,7 +46,9 @@ class MeshShape:
         for part in filter(None, (p.strip() for p in text.split(","))):
             axis, _, size = part.partition("=")
             if axis not in AXES:
-                raise ValueError(f"unknown mesh axis {axis!r} in {text!r}: the axes are dp, ep and tp, as in dp=1,ep=4,tp=2")
+                raise ValueError(
+                    f"unknown mesh axis {axis!r} in {text!r}: the axes are dp, ep and tp, as in dp=1,ep=4,tp=2"
+                )
             if not size.isdigit() or int(size) < 1:
                 raise ValueError(f"mesh axis {axis} needs a size of at least 1, got {size!r} in {text!r}")
             if axis in sizes:
@@ -67,10 +69,14 @@ def shape_of(mesh: DeviceMesh | MeshShape | str | dict) -> MeshShape:
         raise TypeError(f"mesh must be a torch DeviceMesh with axes among dp, ep, tp, got {type(mesh).__name__}")
     names = mesh.mesh_dim_names
     if not names:
-        raise ValueError('the mesh has no axis names: pass mesh_dim_names=("dp", "ep", "tp") (any subset) to init_device_mesh')
+        raise ValueError(
+            'the mesh has no axis names: pass mesh_dim_names=("dp", "ep", "tp") (any subset) to init_device_mesh'
+        )
     unknown = [n for n in names if n not in AXES]
     if unknown:
-        raise ValueError(f"unknown mesh axis {unknown[0]!r}: tedcompile knows dp, ep and tp, the mesh has {', '.join(names)}")
+        raise ValueError(
+            f"unknown mesh axis {unknown[0]!r}: tedcompile knows dp, ep and tp, the mesh has {', '.join(names)}"
+        )
     return MeshShape(**dict(zip(names, mesh.mesh.shape, strict=True)))
 
 
@@ -95,9 +101,11 @@ class Groups:
 
     def __init__(self, mesh: DeviceMesh, serial: int):
         self.mesh, self.shape = mesh, shape_of(mesh)
-        self.device = torch.device(
-            "cuda", torch.cuda.current_device()
-        ) if mesh.device_type == "cuda" else torch.device(mesh.device_type)
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if mesh.device_type == "cuda"
+            else torch.device(mesh.device_type)
+        )
         names = mesh.mesh_dim_names or ()
         self.names = {axis: f"ted{serial or ''}_{axis}" for axis in (*AXES, "data", "world")}
         self.rank: dict[str, int] = {}
@@ -133,6 +141,8 @@ class Groups:
         key = (mesh.device_type, tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape), mesh.mesh_dim_names)
         if key not in cls._known:
             if dist.is_initialized() and math.prod(mesh.mesh.shape) > dist.get_world_size():
-                raise ValueError(f"the mesh has {math.prod(mesh.mesh.shape)} ranks, the world only {dist.get_world_size()}")
+                raise ValueError(
+                    f"the mesh has {math.prod(mesh.mesh.shape)} ranks, the world only {dist.get_world_size()}"
+                )
             cls._known[key] = cls(mesh, len(cls._known))
         return cls._known[key]

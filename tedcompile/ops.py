@@ -263,7 +263,10 @@ def _grouped(a: Tensor, b: Tensor, counts: Tensor) -> bool:
     fits = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}
     if a.dtype not in fits.get(a.device.type, ()) or a.shape[0] == 0 or a.shape[1] == 0 or a.dtype != b.dtype:
         return False
-    return all(s * t.element_size() % 16 == 0 for t in (a, b) for s in t.stride() if s != 1)
+    # one stride of 1 in each: of several, the kernel would take one for the row's
+    return all(t.stride().count(1) == 1 for t in (a, b)) and all(
+        s * t.element_size() % 16 == 0 for t in (a, b) for s in t.stride() if s != 1
+    )
 
 
 def _grouped_mm_vjp(ctx, g):

@@ -15,7 +15,16 @@ from tedcompile.capture import Captured, module_path
 from tedcompile.layouts import Layout
 from tedcompile.mesh import MeshShape
 from tedcompile.ops import ops
-from tedcompile.passes import causal_mask, check, functionalise, randomness, recognise_sorted, shard_experts, shard_tensors, sum_buffers
+from tedcompile.passes import (
+    causal_mask,
+    check,
+    functionalise,
+    randomness,
+    recognise_sorted,
+    shard_experts,
+    shard_tensors,
+    sum_buffers,
+)
 
 # ted op -> the kind of collective that a reader knows
 KINDS = {

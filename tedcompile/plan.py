@@ -123,7 +123,9 @@ class _Planner:
         inputs = call.tensors()
         statistics = frozenset().union(*(self.statistic.get(a, frozenset()) for a in inputs))
         if "S" in kinds:
-            carried = frozenset().union(*(self.origin.get(a, frozenset()) for a in inputs if call.layout(a).kind == "S"))
+            carried = frozenset().union(
+                *(self.origin.get(a, frozenset()) for a in inputs if call.layout(a).kind == "S")
+            )
             self.origin[node] = carried | call.assigned
             self.normed[node] = frozenset().union(*(self.normed.get(a, frozenset()) for a in inputs)) | (
                 statistics & self.origin[node]
@@ -208,7 +210,9 @@ class _Planner:
                 continue
             rows = [g for g in node.users if g.args[1] == 0]
             readers = [u for g in rows for u in g.users if not (u.target is ops.per_expert.default and u.args[2] is g)]
-            if readers and all(plan.calls[u].needs.get(g) == E for g in rows for u in readers if g in u.all_input_nodes):
+            if readers and all(
+                plan.calls[u].needs.get(g) == E for g in rows for u in readers if g in u.all_input_nodes
+            ):
                 plan.calls[node].needs[node.args[0]] = E
                 plan.layouts[node] = (E, *plan.layouts[node][1:])
                 plan.layouts.update(dict.fromkeys(rows, E))

@@ -32,9 +32,7 @@ class _ToLocal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return tuple(
-            None if g is None else compat.like(p, g) for p, g in zip(ctx.parameters, gradients, strict=True)
-        )
+        return tuple(None if g is None else compat.like(p, g) for p, g in zip(ctx.parameters, gradients, strict=True))
 
 
 @dataclass

