@@ -3,8 +3,8 @@
     python -m benchmarks.train_step                                  # one process, mesh 1
     torchrun --nproc-per-node 2 -m benchmarks.train_step --mesh tp=2
 
-Cases: `demo` (the model of `make demo`) and `qwen3_4layers` (four layers of Qwen3-30B-A3B and its vocabulary). Losses of
-20 AdamW steps are compared before anything is timed. Writes benchmarks/results/train_step.json, or --out.
+Cases: `demo` (the model of `make demo`) and `qwen3_4layers` (four layers of Qwen3-30B-A3B, its whole vocabulary).
+Losses of 20 AdamW steps are compared before anything is timed. Writes benchmarks/results/train_step.json, or --out.
 """
 
 from __future__ import annotations

@@ -50,4 +50,5 @@ def check(gm: GraphModule, tp: int) -> dict[Node, Layout]:
 
 
 def _name(node: Node) -> str:
-    return f"{node.name} = {node.target}({', '.join(a.name for a in node.all_input_nodes)}) in {module_path(node) or 'model'}"
+    operands = ", ".join(a.name for a in node.all_input_nodes)
+    return f"{node.name} = {node.target}({operands}) in {module_path(node) or 'model'}"

@@ -1,7 +1,7 @@
 """Our collectives become torch's, named by process group instead of mesh axis: the last step before a graph is run.
 
 Before:  y = ted.all_reduce(x, "tp")
-After:   y = wait_tensor(_c10d_functional.all_reduce(x, "sum", "ted_tp"))      # started here, waited for at the first use
+After:   y = wait_tensor(_c10d_functional.all_reduce(x, "sum", "ted_tp"))  # started here, waited for at its use
 
 Inductor schedules and buckets `_c10d_functional`; what it has no counterpart for stays our op, with the group's name.
 Needs: a functional graph with local fake values (after autograd); `names`, the process group's name of each axis.

@@ -221,9 +221,9 @@ class _Block:
                     elif role == "token" and adds and shape(u)[0] == tokens:
                         add_to_tokens(u, u.args[2])
         for u in list(graph.nodes):
-            if u.target is aten.scatter_add.default and u.args[1] == 0 and shape(u)[0] == tokens:
-                if shape(u.args[2]) == shape(u.args[3]) and self.spreads_tokens(u.args[2], index):
-                    add_to_tokens(u, u.args[3])
+            adds_rows = u.target is aten.scatter_add.default and u.args[1] == 0 and shape(u)[0] == tokens
+            if adds_rows and shape(u.args[2]) == shape(u.args[3]) and self.spreads_tokens(u.args[2], index):
+                add_to_tokens(u, u.args[3])
         for old, new in changed:
             old.replace_all_uses_with(new)
         graphs.sort_nodes(graph)

@@ -97,14 +97,15 @@ def _dispatch(gm: GraphModule, node: Node, ep: int, ctx) -> str:
         received = add(ops.exchange_counts.default, (counts, ep, "ep"))
         splits = add(ops.splits.default, (counts, received))
         local = add(aten.sum.dim_IntList, (received, [0]))
-    groups = None
+    groups, anchor = None, local
     for entering in enters:
         value, layout = entering.meta["val"], entering.meta["layout"]
-        with _after(graph, max((local if groups is None else inverse, entering), key=lambda n: _position(graph, n))):
+        with _after(graph, max((anchor, entering), key=lambda n: _position(graph, n))):
             sent = add(ops.all_to_all.default, (entering, splits, "ep"), entering, value, layout)
             if groups is None:
                 groups = add(ops.regroup.default, (received, sent), layout=(R, R))
                 order, inverse = pick(groups, 0), pick(groups, 1)
+                anchor = inverse
             there = add(ops.take.default, (sent, order, inverse), entering, value, layout)
         kept = {sent, there, *combines}
         entering.replace_all_uses_with(there, delete_user_cb=lambda u: u not in kept)  # noqa: B023

@@ -1,7 +1,8 @@
 """Tensor parallelism: the plan of `plan_tensors` becomes ops of the graph.
 
 Before:  q = linear(x, wq);  o = linear(attention(q, ...), wo);  return o
-After:   x' = enter(x, "tp");  q = linear(x', wq[rows of this rank]);  o = all_reduce(linear(attention(q, ...), wo'), "tp")
+After:   x' = enter(x, "tp");  q = linear(x', wq[this rank's rows])
+         o = all_reduce(linear(attention(q, ...), wo[this rank's columns]), "tp")
 
 Needs: canonical graph with `grad` and `weights_only` on every node; `ctx.fixed` layouts of parameters, if any.
 Leaves true: `meta["layout"]` on every node, `meta["placements"]["tp"]` on split parameters; local sizes in arguments.

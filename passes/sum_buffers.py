@@ -28,10 +28,9 @@ def run(gm: GraphModule, ctx) -> None:
 def _sum(gm: GraphModule, buffer: Node, value: Node) -> None:
     node = value
     while node is not buffer:
-        if node.target in COPIES and node.meta["val"].dtype == node.args[0].meta["val"].dtype:
-            if shape(node) == shape(node.args[0]):  # buffer += x is an addition and a copy of its result
-                node = node.args[0]
-                continue
+        if node.target in COPIES and _alike(node, node.args[0]):  # buffer += x is an addition and a copy of its result
+            node = node.args[0]
+            continue
         adds = node.target is aten.add.Tensor and not node.kwargs
         operands = [a for a in node.args if isinstance(a, Node)] if adds else []
         chain = [a for a in operands if _reaches(a, buffer)]
@@ -50,3 +49,7 @@ def _sum(gm: GraphModule, buffer: Node, value: Node) -> None:
 
 def _reaches(node: Node, buffer: Node) -> bool:
     return node is buffer or any(_reaches(a, buffer) for a in node.all_input_nodes)
+
+
+def _alike(a: Node, b: Node) -> bool:
+    return shape(a) == shape(b) and a.meta["val"].dtype == b.meta["val"].dtype

@@ -85,7 +85,7 @@ def _example(model: torch.nn.Module, given: dict[str, Any] | tuple | None) -> di
         given = frontends.example_inputs(model)
     if given is None:
         raise TypeError(
-            f"{type(model).__name__} needs example inputs: parallelize(model, mesh, example_inputs=dict(...)), with the "
+            f"{type(model).__name__} needs example inputs: parallelize(model, mesh, example_inputs=dict(...)), the "
             "arguments of one training step (only shapes and dtypes count)"
         )
     args, kwargs = ((), given) if isinstance(given, dict) else (tuple(given), {})

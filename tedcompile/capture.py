@@ -83,8 +83,10 @@ class _GroupedProducts(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in GROUPED:
-            rows, weight, offsets, *rest = (*args, *(kwargs[k] for k in ("offs",) if k in kwargs))
-            if offsets is not None and rows.dim() == 2 and weight.dim() == 3 and not rest:
+            given = dict(zip(("input", "mat2", "offs"), args, strict=False)) | kwargs
+            rows, weight, offsets = given.pop("input", None), given.pop("mat2", None), given.pop("offs", None)
+            plain = offsets is not None and rows is not None and weight is not None and not any(given.values())
+            if plain and rows.dim() == 2 and weight.dim() == 3:
                 return ops.grouped_mm(rows, weight, torch.diff(offsets, prepend=offsets.new_zeros(1)).long())
         return func(*args, **kwargs)
 

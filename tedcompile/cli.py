@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-EPILOG = """MODEL is a transformers model type (mixtral, qwen3_moe: the default configuration of that type), a config.json or a
+EPILOG = """MODEL is a transformers model type (mixtral, qwen3_moe: its default configuration), a config.json or a
 folder with one, or file.py:function, a function that returns (model, example_inputs).
 No weights, devices or processes are needed."""
 

@@ -143,7 +143,7 @@ def _example(model: torch.nn.Module, given: dict[str, Any] | tuple | None, batch
         given = frontends.example_inputs(model)
         if given is None:
             raise TypeError(
-                f"{type(model).__name__} needs example inputs: explain(model, mesh, example_inputs=dict(...)), with the "
+                f"{type(model).__name__} needs example inputs: explain(model, mesh, example_inputs=dict(...)), the "
                 "arguments of one training step (only shapes and dtypes count)"
             )
         given = {k: torch.empty(batch, seq, dtype=v.dtype, device="meta") for k, v in given.items()}
@@ -298,7 +298,7 @@ def _parameter(node: Node, mesh: MeshShape) -> dict[str, Any]:
 
 
 def _replicated(found: list[tuple[Node, str]]) -> list[dict[str, str]]:
-    merged = {}
+    merged: dict[tuple[str, str], None] = {}
     for node, reason in found:
         role = node.meta.get("role")
         merged[_pattern(role[1] if role else module_path(node)), reason] = None

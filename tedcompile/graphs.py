@@ -101,7 +101,8 @@ STABLE = {
 
 def sort_nodes(graph: Graph) -> None:
     """Moves nodes behind what they read, and leaves the order as it is otherwise."""
-    pending, ready, waiting = list(reversed(graph.nodes)), set(), {}
+    pending, ready = list(reversed(graph.nodes)), set()
+    waiting: dict[Node, list[Node]] = {}
     last: Node | None = None
     while pending:
         node = pending.pop()

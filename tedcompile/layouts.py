@@ -583,7 +583,7 @@ def _layer_norm(c: Call) -> Layout:
 
 
 def contract(c: Call, x: Node, w: Node, inner: int, outer: int, bias: Any = None) -> Layout:
-    """x (..., n) times a weight whose dim `inner` is n and whose dim `outer` becomes the last: column- or row-parallel."""
+    """x (..., n) times a weight whose dim `inner` is n and whose dim `outer` becomes the last: column or row."""
     layout, last = c.layout(x), ndim(x) - 1
     if layout.kind == "S" and layout.dim == last:
         if not c.assign(w, S(inner, layout.sections)):

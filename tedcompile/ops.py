@@ -151,7 +151,7 @@ def _fake_gather(x, dim, size, sections, axis):
     ),
 )
 def gather(x, dim, size, sections, axis):
-    """S(dim) to R: all-gather. VJP: a local slice, for the cotangent is replicated (a sum here would be tp too large)."""
+    """S(dim) to R: all-gather. VJP: a local slice, for the cotangent is replicated (a sum would be tp too large)."""
     out = x.new_empty((size * x.shape[0], *x.shape[1:]) if x.dim() else (size,))
     dist.all_gather_into_tensor(out, x.contiguous(), group=group_of(axis))
     return ungather(out, dim, size, sections)
@@ -453,7 +453,7 @@ def _save_pick(ctx, inputs, output):
     (_save_pick, _pick_vjp),
 )
 def pick(x, target, axis):
-    """x (..., V/size), target (...) global indices -> (...), partial: x at the target, zero where another rank has it."""
+    """x (..., V/size), target (...) global indices -> (...), partial: x at the target, zero where others have it."""
     local, inside = _local_ids(target, x.shape[-1], axis)
     return x.gather(-1, local[..., None])[..., 0] * inside
 

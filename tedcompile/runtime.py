@@ -184,7 +184,7 @@ class Runtime:
 
     def compile(self, model: torch.nn.Module, named: dict[str, Any], leaves: list) -> Program:
         prepared = self.together(lambda: self.prepare(model, named))
-        return self.finish(*prepared, leaves)
+        return self.finish(prepared, leaves)
 
     def prepare(self, model: torch.nn.Module, named: dict[str, Any]):
         """Capture and rewrite: no communication, so any rank may fail here without the others waiting."""
@@ -199,7 +199,8 @@ class Runtime:
         gm = pipeline.run_forward(captured, ctx)
         return captured, ctx, gm, kept
 
-    def finish(self, captured, ctx, gm, kept, leaves: list) -> Program:
+    def finish(self, prepared: tuple, leaves: list) -> Program:
+        captured, ctx, gm, kept = prepared
         self.compare("graphs", compile.describe(gm))
         self.check_tensor_parallel_inputs(leaves)
         device = self.groups.device
@@ -248,7 +249,8 @@ class Runtime:
         digest = hashlib.sha256()
         for x in leaves:
             if isinstance(x, torch.Tensor):
-                digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+                raw = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(raw.numpy().tobytes())
         mine = (self.groups.rank["data"], digest.hexdigest())
         everyone: list[Any] = [None] * self.groups.shape.world
         dist.all_gather_object(everyone, mine, group=self.groups.host)

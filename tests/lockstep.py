@@ -57,8 +57,16 @@ def text(gm: GraphModule) -> str:
         if n.op == "call_function":
             op = str(n.target).removesuffix(".default") if hasattr(n.target, "_schema") else n.target.__name__
             arguments = [*map(str, n.args), *(f"{k}={v}" for k, v in n.kwargs.items())]
-            lines.append(f"{n.name}: {n.meta.get('layout', '')} = {op}({', '.join(arguments)})")
+            layout = n.meta.get("layout", "")
+            layout = "(" + ", ".join(map(str, layout)) + ")" if isinstance(layout, tuple) else layout
+            lines.append(f"{n.name.removesuffix('_default')}: {layout} = {op}({', '.join(arguments)})")
     return "\n".join(lines)
+
+
+def placements(gm: GraphModule) -> dict[str, dict[str, str]]:
+    """The layouts of the parameters that are split, by axis."""
+    nodes = [n for n in gm.graph.nodes if n.meta.get("placements")]
+    return {n.meta["role"][1]: {a: str(p) for a, p in n.meta["placements"].items()} for n in nodes}
 
 
 def targets(gm: GraphModule) -> list[str]:

@@ -177,15 +177,19 @@ def bad_input():
             self.seen.copy_(F.one_hot(ids, 32).sum((0, 1)).float())
             return super().forward(ids, 1.0, labels)
 
+    def go(model, mesh=mesh, **kwargs):
+        return lambda: tedcompile.parallelize(model, mesh, example_inputs=kwargs or batch(0))
+
+    ids_only = dict(ids=batch(0)["ids"])
     cases = [
         (TypeError, "example_inputs=dict", lambda: tedcompile.parallelize(make(), mesh)),
         (TypeError, "must be an nn.Module", lambda: tedcompile.parallelize(make, mesh)),
         (ValueError, "unknown backend 'inducter'", lambda: tedcompile.parallelize(make(), mesh, backend="inducter")),
-        (ValueError, "returns no loss", lambda: tedcompile.parallelize(Silent(), mesh, example_inputs=dict(ids=batch(0)["ids"]))),
-        (ValueError, "test_contract.py.*ids.sum.*torch.where", lambda: tedcompile.parallelize(Branchy(), mesh, example_inputs=batch(0))),
-        (ValueError, "buffer seen", lambda: tedcompile.parallelize(Setter(), mesh_of(dp=2), example_inputs=batch(0))),
+        (ValueError, "returns no loss", go(Silent(), **ids_only)),
+        (ValueError, "test_contract.py.*ids.sum.*torch.where", go(Branchy())),
+        (ValueError, "buffer seen", go(Setter(), mesh_of(dp=2))),
         (ValueError, "unknown mesh axis 'pp'", lambda: tedcompile.parallelize(make(), mesh_of(pp=2))),
-        (ValueError, "ep=2 cannot work", lambda: tedcompile.parallelize(make(), mesh_of(ep=2), example_inputs=batch(0))),
+        (ValueError, "ep=2 cannot work", go(make(), mesh_of(ep=2))),
         (ValueError, "3 experts do not divide over ep=2; ep = 3 would", lambda: tedcompile.parallelize(
             models.MODELS["qwen3_moe"](experts=3)[0], mesh_of(ep=2))),
     ]  # fmt: skip

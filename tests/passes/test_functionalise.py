@@ -262,11 +262,38 @@ def swapped_views(m, x, a, b):
 
 
 CASES = [
-    into_select, two_views, nested_views, reshapes, chained, copies, copy_broadcast_then_view, copy_transposed_then_view,
-    copy_cast, wider_operand, wider_into_view, integers, masked, put, boolean_put, index_add, old_values, chunks, unbound,
-    split_sizes, split_read_only, narrow, counter, detach_in_place, buffer_added, buffer_under_no_grad, inplace_activation, diagonal,
-    setitem_slices, loop, swapped_views,
-]  # fmt: skip
+    into_select,
+    two_views,
+    nested_views,
+    reshapes,
+    chained,
+    copies,
+    copy_broadcast_then_view,
+    copy_transposed_then_view,
+    copy_cast,
+    wider_operand,
+    wider_into_view,
+    integers,
+    masked,
+    put,
+    boolean_put,
+    index_add,
+    old_values,
+    chunks,
+    unbound,
+    split_sizes,
+    split_read_only,
+    narrow,
+    counter,
+    detach_in_place,
+    buffer_added,
+    buffer_under_no_grad,
+    inplace_activation,
+    diagonal,
+    setitem_slices,
+    loop,
+    swapped_views,
+]
 
 
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
