@@ -65,9 +65,10 @@ def parallelize(
     training = model.training
     model.train()
     try:
-        _, ctx, gm, _ = runtime.together(lambda: runtime.prepare(model, example))
+        prepared = runtime.together(lambda: runtime.prepare(model, example))
     finally:
         model.train(training)
+    _, ctx, gm, _ = prepared
     runtime.decided = pipeline.placements(gm)
     pipeline.require_axes(gm, ctx)
     if runtime.groups.rank["data"] == runtime.groups.rank["tp"] == 0:
@@ -77,6 +78,7 @@ def parallelize(
     cls = type(model)
     model.__class__ = type(f"Parallel{cls.__name__}", (ParallelModule, cls), {"__module__": cls.__module__})
     object.__setattr__(model, "_ted", runtime)
+    runtime.keep(model, example, prepared)
     return model
 
 

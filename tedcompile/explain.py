@@ -620,7 +620,7 @@ class Listing:
         show = lambda x: self.show(x, scope)
         op, args, kwargs = _op(node), list(node.args), dict(node.kwargs)
         if node.target is aten.slice.Tensor:
-            dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+            dim, start, end, step = list(args[1:]) + [0, None, None, 1][len(args) - 1 :]
             inside = f"{'' if not start else show(start)}:{'' if end is None or end > 2**60 else show(end)}"
             return (
                 f"{show(args[0])}[{':, ' * (dim % args[0].meta['val'].dim())}{inside}{'' if step == 1 else f':{step}'}]"

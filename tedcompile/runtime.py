@@ -76,6 +76,7 @@ class Runtime:
         self.groups, self.backend, self.outputs = groups, backend, outputs
         self.decided: dict[str, dict[str, Layout]] | None = None
         self.programs: dict[tuple, Program] = {}
+        self.ready: dict[tuple, tuple] = {}
         self.replicated: list[tuple[str, str]] = []
         self.slots: dict[str, tuple[dict, str]] = {}
 
@@ -90,7 +91,7 @@ class Runtime:
         self.agree(key)
         program = self.programs.get(key)
         if program is None:
-            program = self.programs[key] = self.compile(model, pytree.tree_unflatten(leaves, spec), leaves)
+            program = self.programs[key] = self.compile(key, model, pytree.tree_unflatten(leaves, spec), leaves)
         return self.run(program, leaves)
 
     def run(self, program: Program, leaves: list) -> Any:
@@ -182,8 +183,14 @@ class Runtime:
 
     # ---- compiling
 
-    def compile(self, model: torch.nn.Module, named: dict[str, Any], leaves: list) -> Program:
-        prepared = self.together(lambda: self.prepare(model, named))
+    def keep(self, model: torch.nn.Module, example: dict[str, Any], prepared: tuple) -> None:
+        """The example's graph serves the first call with its signature."""
+        leaves, spec = pytree.tree_flatten(example)
+        if model.training and torch.is_grad_enabled():
+            self.ready[self.signature(model, leaves, spec)] = prepared
+
+    def compile(self, key: tuple, model: torch.nn.Module, named: dict[str, Any], leaves: list) -> Program:
+        prepared = self.ready.pop(key, None) or self.together(lambda: self.prepare(model, named))
         return self.finish(prepared, leaves)
 
     def prepare(self, model: torch.nn.Module, named: dict[str, Any]):

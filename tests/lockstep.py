@@ -227,8 +227,9 @@ def parity(module: nn.Module, batches: list[dict[str, Any]], mesh: MeshShape, mo
     """
     module = module.double().train()
     gm, _ = graph or distributed(module, batches[0], mesh)
-    names = dict(module.named_parameters(remove_duplicate=False))
     parameters = dict(module.named_parameters())
+    first = {id(p): n for n, p in parameters.items()}  # the name of a tied parameter
+    names = {n: first[id(p)] for n, p in module.named_parameters(remove_duplicate=False)}
     want: dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in parameters.items()}
     results, weights = [], []
     buffers = {n: b.clone() for n, b in module.named_buffers()}
@@ -257,8 +258,11 @@ def parity(module: nn.Module, batches: list[dict[str, Any]], mesh: MeshShape, mo
             return buffers[name].clone()
         if kind == "constant":
             return gm.meta["constants"][name]
+        name = names[name]
+        if not node.users:  # the other name of a tied parameter
+            return parameters[name].detach()
         nodes[name] = node
-        return local.setdefault((name, r), ranks.local(node, names[name].detach(), r).clone().requires_grad_())
+        return local.setdefault((name, r), ranks.local(node, parameters[name].detach(), r).clone().requires_grad_())
 
     out = [[t for t in o if isinstance(t, Tensor) and t.is_floating_point()] for o in ranks.run(gm, value)]
     total = torch.zeros((), dtype=torch.float64)

@@ -74,7 +74,7 @@ def test_pinned():
         "ted.grouped_mm(take_default, p_up, sum_dim_int_list)",
         "ted.per_expert(p_up_bias, sum_dim_int_list, take_default)",
         "aten.add.Tensor(grouped_mm, per_expert)",
-        "aten.chunk(add, 2, -1)",
+        "aten.chunk(add_1, 2, -1)",
         "getitem(chunk, 0)",
         "getitem(chunk, 1)",
         "aten.silu(getitem_6)",
@@ -82,12 +82,12 @@ def test_pinned():
         "ted.grouped_mm(mul, p_down, sum_dim_int_list)",
         "ted.per_expert(p_down_bias, sum_dim_int_list, take_default)",
         "aten.add.Tensor(grouped_mm_1, per_expert_1)",
-        "ted.take(add_1, getitem_9, getitem_8)",
+        "ted.take(add_2, getitem_9, getitem_8)",
         "aten.flip(splits_default, [0])",
         "ted.all_to_all_like(take_default_1, flip_default, getitem_2, ep)",
         "ted.unpermute(all_to_all_like_default, getitem_4, getitem_5, getitem)",
         "aten.add.Tensor(x, unpermute)",
-    ] or pytest.fail(text(gm))
+    ]
 
 
 def reason(module, mesh, monkeypatch, experts=E):

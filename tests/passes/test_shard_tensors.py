@@ -116,6 +116,18 @@ def test_vocabulary(tied, monkeypatch):
     parity(module, [batch], TP, monkeypatch, graph=made)
 
 
+def test_tied_weight_whose_uses_disagree(monkeypatch):
+    """The head cannot be split over the vocabulary here, so the table, which is the same parameter, is not either."""
+
+    class Smooth(Language):
+        def forward(self, ids):
+            logits = self.head(F.rms_norm(self.table(ids), (6,)))
+            return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), label_smoothing=0.1)
+
+    module, batch = Smooth(True).double(), dict(ids=torch.arange(20).view(2, 10) % 12)
+    parity(module, [batch], TP, monkeypatch)
+
+
 def test_odd_vocabulary_is_reported(monkeypatch):
     module, batch = Language(False, vocab=11).double(), dict(ids=torch.arange(20).view(2, 10) % 11)
     gm, ctx = made = distributed(module, batch, TP)
