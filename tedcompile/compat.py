@@ -9,13 +9,23 @@ from torch._functorch.aot_autograd import (  # noqa: F401
     aot_export_joint_with_descriptors,
 )
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: F401
-from torch._inductor.compile_fx import compile_fx_inner  # noqa: F401
-from torch._inductor.decomposition import select_decomp_table  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: F401
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: F401
+
+
+def compile_fx_inner(*args, **kwargs):
+    from torch._inductor.compile_fx import compile_fx_inner  # seconds, and only this backend needs it
+
+    return compile_fx_inner(*args, **kwargs)
+
+
+def select_decomp_table():
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
 
 
 def register_group(name: str, group: dist.ProcessGroup) -> None:
