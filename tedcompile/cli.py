@@ -12,6 +12,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from tedcompile.explain import BATCH, DTYPES, SEQ, Style, analyse, choose, render
+from tedcompile.mesh import MeshShape
+
 EPILOG = """MODEL is a transformers model type (mixtral, qwen3_moe: its default configuration), a config.json or a
 folder with one, or file.py:function, a function that returns (model, example_inputs).
 No weights, devices or processes are needed."""
@@ -58,15 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(options: argparse.Namespace) -> str:
-    from tedcompile.mesh import MeshShape
-
-    shape = MeshShape.parse(options.mesh)  # before the imports that take seconds
-    warnings.simplefilter("ignore")
+    # what libraries log and warn about is not part of the answer
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("torch").setLevel(logging.ERROR)
-    from tedcompile import explain
-
-    if options.dtype is not None and options.dtype not in explain.DTYPES:
+    warnings.simplefilter("ignore")
+    shape = MeshShape.parse(options.mesh)
+    if options.dtype is not None and options.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {options.dtype!r}: choose bf16, fp16 or fp32")
     if ".py:" in options.model:
         given = [f"--{name}" for name in ("batch", "seq", "dtype") if getattr(options, name) is not None]
@@ -74,17 +74,18 @@ def _explain(options: argparse.Namespace) -> str:
             raise ValueError(f"{given[0]} is for transformers models: {options.model} makes its own inputs and weights")
     if options.layer is not None and options.layer != "all" and not options.layer.isdigit():
         raise ValueError(f"--layer takes a number or all, not {options.layer!r}")
-    found = explain.analyse(
+    found = analyse(
         options.model,
         shape,
-        batch=explain.BATCH if options.batch is None else options.batch,
-        seq=explain.SEQ if options.seq is None else options.seq,
-        dtype=explain.DTYPES[options.dtype or "bf16"],
+        batch=BATCH if options.batch is None else options.batch,
+        seq=SEQ if options.seq is None else options.seq,
+        dtype=DTYPES[options.dtype or "bf16"],
         dump=options.dump,
     )
+    choose(found.lines, options.layer)
     if options.json:
         return json.dumps(found.facts, indent=2) + "\n"
-    return explain.render(found, options.layer, explain.Style.of(sys.stdout).colour)
+    return render(found, options.layer, Style.of(sys.stdout).colour)
 
 
 if __name__ == "__main__":

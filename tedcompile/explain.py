@@ -340,7 +340,7 @@ class _Shapes:
         return _local(value.shape, self.axes(node, index), self.mesh)
 
 
-# ops whose VJP is a collective, of the same bytes as its result has (of the operand for all_to_all: rows are balanced)
+# ops whose VJP is a collective, of as many bytes as the op's result has (an all-to-all's, with balanced routing)
 BACKWARD = {
     ops.enter.default: "all_reduce",
     ops.slice.default: "all_gather",
@@ -374,43 +374,42 @@ def _cotangents(gm: GraphModule) -> set[Node]:
 
 def collectives(gm: GraphModule, mesh: MeshShape) -> list[dict[str, Any]]:
     """Every collective of a training step, grouped by what it is and by the module pattern it belongs to."""
-    shapes, letters = _Shapes(gm, mesh), _Letters(gm, mesh)
+    shapes, letters = _Shapes(gm, mesh), _Letters(gm)
+    got = _cotangents(gm)
     rows: Counter[tuple] = Counter()
 
-    def add(kind: str, axis: str, role: str, phase: str, module: str, bytes_: int, formula: str) -> None:
-        if mesh[axis] > 1 and bytes_:
-            rows[kind, axis, role, phase, module, bytes_, formula] += 1
+    def add(kind: str, axis: str, role: str, phase: str, module: str, operands: list[Node]) -> None:
+        size = sum(_bytes(a.meta["val"], shapes.local(a)) for a in operands)
+        if mesh[axis] > 1 and size:
+            rows[kind, axis, role, phase, module, size, letters.total(operands, shapes) or str(size)] += 1
 
     for node in gm.graph.nodes:
-        name = node.target._schema.name.removeprefix("ted::") if pipeline._ours(node) else ""
+        name = _ted(node)
         if name in pipeline.KINDS:
-            a = node.args[0]
-            role = "counts" if name == "exchange_counts" else "parameter" if a.meta["weights_only"] else "payload"
-            size = _bytes(a.meta["val"], shapes.local(a))
-            formula = letters.formula(a, shapes.axes(a), size)
-            add(pipeline.KINDS[name], node.args[-1], role, "forward", _pattern(module_path(node)), size, formula)
-    for node in _cotangents(gm):
-        if node.target in BACKWARD and node.args[0].meta.get("grad"):
-            role = "gradient" if node.meta["weights_only"] else "payload"
-            size = _bytes(node.meta["val"], shapes.local(node))
-            formula = letters.formula(node, shapes.axes(node), size)
+            role = "parameter" if node.args[0].meta["weights_only"] else "payload"
+            role = "counts" if name == "exchange_counts" else role
             module = _pattern(module_path(node))
-            add(BACKWARD[node.target], node.args[-1], role, "backward", module, size, formula)
-    for axis, members in _buckets(gm, mesh):
-        size = sum(_bytes(p.meta["val"], shapes.local(p)) for p in members)
+            add(pipeline.KINDS[name], node.args[-1], role, "forward", module, [node.args[0]])
+    for node in reversed(gm.graph.nodes):
+        if node in got and node.target in BACKWARD and node.args[0].meta.get("grad"):
+            role = "gradient" if node.meta["weights_only"] else "payload"
+            add(BACKWARD[node.target], node.args[-1], role, "backward", _pattern(module_path(node)), [node])
+    for axis, members in _buckets(gm, shapes, got):
         module = _common([_pattern(p.meta["role"][1]).rpartition(".")[0] for p in members])
-        formula = letters.sum_of(members, shapes, size)
-        add("all_reduce", axis, "gradient", "backward", module, size, formula)
-    phases = ("forward", "recompute", "backward")
+        add("all_reduce", axis, "gradient", "backward", module, members)
     return [
         {
             "kind": kind, "axis": axis, "role": role, "phase": phase, "module": module, "count": count,
             "bytes_per_rank": size, "wire_bytes": _wire(kind, size, mesh[axis]), "formula": formula,
         }
-        for (kind, axis, role, phase, module, size, formula), count in sorted(
-            rows.items(), key=lambda r: (phases.index(r[0][3]), r[0][2] == "gradient", list(rows).index(r[0]))
-        )
+        for (kind, axis, role, phase, module, size, formula), count in rows.items()
     ]  # fmt: skip
+
+
+def _ted(node: Node) -> str:
+    """The name of one of our ops, else the empty string."""
+    ours = node.op == "call_function" and getattr(node.target, "namespace", "") == "ted"
+    return node.target._schema.name.removeprefix("ted::") if ours else ""
 
 
 def _bytes(value: torch.Tensor, shape: tuple[int, ...]) -> int:
@@ -431,11 +430,8 @@ def _common(paths: list[str]) -> str:
     return ".".join(parts[0][:same])
 
 
-def _buckets(gm: GraphModule, mesh: MeshShape) -> Iterator[tuple[str, list[Node]]]:
+def _buckets(gm: GraphModule, shapes: _Shapes, got: set[Node]) -> Iterator[tuple[str, list[Node]]]:
     """Parameters whose gradients are reduced together: those of one kind, from the last used to the first."""
-    if mesh["data"] == 1:
-        return
-    shapes, got = _Shapes(gm, mesh), _cotangents(gm)
     position = {n: i for i, n in enumerate(gm.graph.nodes)}
     members = [p for p in _parameters(gm) if p in got]
     members.sort(key=lambda p: -min(position[u] for u in p.users))
@@ -444,7 +440,8 @@ def _buckets(gm: GraphModule, mesh: MeshShape) -> Iterator[tuple[str, list[Node]
         axis = "dp" if "ep" in p.meta.get("placements", {}) else "data"
         families.setdefault((axis, p.meta["val"].dtype), []).append(p)
     for (axis, _), parameters in families.items():
-        bucket, size = [], 0
+        bucket: list[Node] = []
+        size = 0
         for p in parameters:
             bucket.append(p)
             size += _bytes(p.meta["val"], shapes.local(p))
@@ -454,15 +451,9 @@ def _buckets(gm: GraphModule, mesh: MeshShape) -> Iterator[tuple[str, list[Node]
 
 
 class _Letters:
-    """Sizes of this model by their letters; a size at a place where a letter is expected is taken for it."""
+    """Formulas of sizes. A number at a place where a letter is expected, and of its size, is taken for the letter."""
 
-    def __init__(self, gm: GraphModule, mesh: MeshShape):
-        sym = lambda name: sympy.Symbol(name, positive=True)
-        self.mesh = mesh
-        self.values: dict[sympy.Symbol, int] = {sym(axis): mesh[axis] for axis in ("dp", "ep", "tp")}
-        self.width = sym("bytes")
-        self.first: list[sympy.Expr] = []
-        self.last: list[sympy.Expr] = []
+    def __init__(self, gm: GraphModule):
         known: dict[str, int] = {}
         for n in gm.graph.nodes:
             value = n.meta.get("val")
@@ -479,56 +470,50 @@ class _Letters:
             elif n.target in (aten.embedding.default, ops.embedding_shard.default):
                 known.setdefault("V", layouts.shape(n.args[0])[0])
                 known.setdefault("H", layouts.shape(n.args[0])[1])
+        self.letters = {name: sympy.Symbol(name) for name in (*known, "T", "tp", "ep", "bytes")}
         if "B" in known:
             known["T"] = known["B"] * known["S"]
-        letters = {name: sym(name) for name in known}
-        self.values |= {letters[name]: size for name, size in known.items()}
-        self.sequence = letters.get("B"), letters.get("S")
-        tokens = [letters.get("T"), letters["T"] * letters["K"] if {"T", "K"} <= set(known) else None]
-        sizes = [letters.get(name) for name in "HIVEK"]
-        sizes.insert(2, 2 * letters["I"] if "I" in known else None)
-        self.tokens = [e for e in tokens if e is not None]
-        self.sizes = [e for e in sizes if e is not None]
-        self.letters = letters
-
-    def number(self, expression: sympy.Expr) -> Any:
-        return expression.subs(self.values)
+        pick = lambda *names: [(self.letters[name], known[name]) for name in names if name in known]
+        self.sequence = pick("B", "S")
+        self.tokens = pick("T")
+        if {"T", "K"} <= known.keys():
+            self.tokens.append((self.letters["T"] * self.letters["K"], known["T"] * known["K"]))
+        self.experts = pick("E")
+        self.sizes = pick("H", "I")
+        if "I" in known:
+            self.sizes.append((2 * self.letters["I"], 2 * known["I"]))
+        self.sizes += pick("V", "E", "K")
+        self.made: dict[tuple, sympy.Expr] = {}
 
     def dim(self, size: int, i: int, of: int, weight: bool) -> sympy.Expr:
-        choices = list(self.sizes)
-        if weight and i == 0 and of > 2 and "E" in self.letters:
-            choices.insert(0, self.letters["E"])
-        if not weight and (i < of - 1 or of == 1):
-            choices = [*self.tokens, *self.sizes]
-            if of > 2 and i < 2 and self.sequence[i] is not None:
-                choices.insert(0, self.sequence[i])
-        return next((c for c in choices if self.number(c) == size), sympy.Integer(size))
+        choices = self.sizes
+        if weight:
+            choices = (self.experts if i == 0 and of != 2 else []) + choices
+        elif i < of - 1 or of == 1:
+            choices = (self.sequence[i : i + 1] if of > 2 and i < 2 else []) + self.tokens + choices
+        return next((letter for letter, value in choices if value == size), sympy.Integer(size))
 
     def product(self, node: Node, axes: dict[str, Layout]) -> sympy.Expr:
-        shape, weight = layouts.shape(node), bool(node.meta.get("weights_only"))
-        if not node.meta["val"].is_floating_point() and len(shape) == 1:
-            weight = True  # counts of experts
-        result = sympy.Integer(1)
-        for i, size in enumerate(shape):
-            result *= self.dim(size, i, len(shape), weight)
-        b, s = self.sequence
-        if b is not None and {b, s} <= result.free_symbols:
-            result = result / (b * s) * self.letters["T"]
-        for axis in axes:
-            result /= sympy.Symbol(axis, positive=True)
-        return result
+        shape = layouts.shape(node)
+        # counts of experts are the only integers that travel
+        weight = bool(node.meta.get("weights_only")) or not node.meta["val"].is_floating_point()
+        key = shape, weight, tuple(axes)
+        if key not in self.made:
+            result = self.letters["bytes"]
+            for i, size in enumerate(shape):
+                result *= self.dim(size, i, len(shape), weight)
+            if self.sequence and {letter for letter, _ in self.sequence} <= result.free_symbols:
+                result *= self.letters["T"] / (self.letters["B"] * self.letters["S"])
+            for axis in axes:
+                result /= self.letters[axis]
+            self.made[key] = result
+        return self.made[key]
 
-    def checked(self, expression: sympy.Expr, node: Node, size: int) -> str:
-        expression *= self.width
-        number = self.number(expression).subs(self.width, node.meta["val"].element_size())
-        return str(expression) if number == size else str(size)
-
-    def formula(self, node: Node, axes: dict[str, Layout], size: int) -> str:
-        return self.checked(self.product(node, axes), node, size)
-
-    def sum_of(self, members: list[Node], shapes: _Shapes, size: int) -> str:
-        total = sum((self.product(p, shapes.axes(p)) for p in members), sympy.Integer(0))
-        return self.checked(sympy.factor_terms(total), members[0], size) if len(total.args) < 9 else str(size)
+    def total(self, members: list[Node], shapes: _Shapes) -> str | None:
+        """The formula of what is sent at once; None where it is too long to say anything."""
+        terms = Counter(self.product(m, shapes.axes(m)) for m in members)
+        expression = sympy.factor_terms(sum(n * term for term, n in terms.items()))
+        return str(expression) if len(terms) < 9 else None
 
 
 # ---- the graph as code ----------------------------------------------------------------------------------------------
@@ -581,12 +566,11 @@ class Listing:
         else:
             results, comment = self.name(node, scope), self.comment(node, None)
         mark = ""
-        if pipeline._ours(node):
-            if node.target._schema.name.removeprefix("ted::") in pipeline.KINDS:
-                mark = ">>"
-            elif node.target in BACKWARD and node in self.received:
-                mark = "<<"
-                comment += f", backward: {BACKWARD[node.target]} over {node.args[-1]}"
+        if _ted(node) in pipeline.KINDS:
+            mark = ">>"
+        elif node.target in BACKWARD and node in self.received:
+            mark = "<<"
+            comment += f", backward: {BACKWARD[node.target]} over {node.args[-1]}"
         return Line(module_path(node), kind, f"{results} = {code}", comment, mark)
 
     def name(self, node: Node, scope: str) -> str:
@@ -795,7 +779,6 @@ def _layers(lines: list[Line], chosen: list[str], style: Style) -> Iterator[str]
             comment = f"# {line.comment}" if line.comment else ""
             text = style(f"{line.mark:2} {code}", colour) if colour else f"   {code}"
             yield (text + " " * max(2, 88 - len(code)) + style(comment, DIM)).rstrip()
-        yield ""
 
 
 def _difference(before: list[str], after: list[str], style: Style) -> Iterator[str]:
@@ -834,7 +817,7 @@ def _collective_table(found: list[dict]) -> str:
     if not found:
         return "none"
     rows = [
-        [c["phase"], c["kind"], c["axis"], c["role"], c["module"], c["count"], human(c["bytes_per_rank"]),
+        [c["phase"], c["kind"], c["axis"], c["role"], c["module"] or "(model)", c["count"], human(c["bytes_per_rank"]),
          human(c["wire_bytes"]), c["formula"]]
         for c in found
     ]  # fmt: skip
@@ -845,7 +828,8 @@ def _collective_table(found: list[dict]) -> str:
     for c in found:
         calls[c["axis"]] += c["count"]
         sent[c["axis"]] += c["count"] * c["wire_bytes"]
+    totals = [text, ""]
     for axis in calls:
         where = "data (dp x ep)" if axis == "data" else axis
-        text += f"\n\n{where}: {calls[axis]} calls, each rank sends {human(sent[axis])}"
-    return text
+        totals.append(f"{where}: {calls[axis]} calls, each rank sends {human(sent[axis])}")
+    return "\n".join(totals)

@@ -372,7 +372,7 @@ class Pool:
 
     def start(self) -> None:
         # Forking from a server that has imported the slow modules: seconds less for each process.
-        context = multiprocessing.get_context("forkserver")
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
         context.set_forkserver_preload(SLOW_IMPORTS)
         self.stacks = tempfile.TemporaryDirectory()
         with socket.socket() as probe:

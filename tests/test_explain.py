@@ -1,0 +1,260 @@
+"""`explain`: its object, its sizes, and the backward's collectives against the graph that autograd makes."""
+
+import json
+import math
+import re
+from collections import Counter
+
+import pytest
+import sympy
+import torch
+
+from tedcompile import compile, pipeline
+from tedcompile.api import _example
+from tedcompile.capture import capture
+from tedcompile.explain import Explanation, analyse, explain, from_config, layers_of, render
+from tedcompile.mesh import shape_of
+from tedcompile.passes import reduce_gradients
+from tedcompile.runtime import select_outputs
+
+from .models import COMMON, MODELS, families
+
+transformers = pytest.importorskip("transformers")
+
+BATCH, SEQ, EXPERTS = 2, 16, 8
+KEYS = {
+    "passes": {"name", "seconds", "nodes_before", "nodes_after", "inserted", "removed"},
+    "collectives": {
+        "kind", "axis", "role", "phase", "module", "count", "bytes_per_rank", "wire_bytes", "formula",
+    },
+    "parameters": {"name", "layout", "shape", "local_shape"},
+    "replicated": {"module", "reason"},
+}  # fmt: skip
+
+
+def tiny(family: str, mesh: str, dump: str = "", **sizes) -> Explanation:
+    config = transformers.AutoConfig.for_model(family, **{**COMMON, **families(EXPERTS)[family], **sizes})
+    return analyse(config, mesh, batch=BATCH, seq=SEQ, dump=dump)
+
+
+@pytest.fixture(scope="module")
+def qwen3() -> Explanation:
+    return tiny("qwen3_moe", "dp=2,ep=2,tp=2", dump="shard_experts")
+
+
+def test_keys(qwen3):
+    facts = json.loads(json.dumps(qwen3.facts))
+    assert set(facts) == {"model", "mesh", *KEYS}
+    assert facts["model"] == "Qwen3MoeForCausalLM" and facts["mesh"] == {"dp": 2, "ep": 2, "tp": 2}
+    for name, keys in KEYS.items():
+        assert facts[name] and all(set(row) == keys for row in facts[name])
+    for row in facts["collectives"]:
+        assert row["kind"] in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+        assert row["role"] in ("payload", "counts", "parameter", "gradient")
+        assert row["phase"] in ("forward", "recompute", "backward")
+    merged = [tuple(row[k] for k in sorted(row) if k != "count") for row in facts["collectives"]]
+    assert len(set(merged)) == len(merged)
+
+
+def test_one_moe_layer(qwen3):
+    """Two layers: rows go and come back, forward and backward, in T*K rows of H."""
+    rows = [c for c in qwen3.facts["collectives"] if c["axis"] == "ep" and c["role"] == "payload"]
+    size = BATCH * SEQ * 2 * 64 * 2  # T, K, H, bytes of bf16
+    assert [(c["phase"], c["count"], c["bytes_per_rank"], c["wire_bytes"]) for c in rows] == [
+        ("forward", 4, size, size // 2),
+        ("backward", 4, size, size // 2),
+    ]
+    assert {c["formula"] for c in rows} == {"H*K*T*bytes"}
+    counts = [c for c in qwen3.facts["collectives"] if c["role"] == "counts"]
+    assert [(c["count"], c["bytes_per_rank"], c["module"]) for c in counts] == [
+        (2, EXPERTS * 8, "model.layers.*.mlp.experts")
+    ]
+
+
+def test_parameters(qwen3):
+    rows = {p["name"]: p for p in qwen3.facts["parameters"]}
+    assert rows["model.layers.1.mlp.experts.gate_up_proj"] == {
+        "name": "model.layers.1.mlp.experts.gate_up_proj",
+        "layout": "ep: Shard(0), tp: Shard(1) of 2 sections",
+        "shape": [8, 96, 64],
+        "local_shape": [4, 48, 64],
+    }
+    assert rows["model.layers.0.self_attn.o_proj.weight"]["layout"] == "tp: Shard(1)"
+    assert rows["model.layers.0.mlp.gate.weight"]["layout"] == "replicated"
+    assert [r["module"] for r in qwen3.facts["replicated"]] == ["model.layers.*.mlp.gate.weight"]
+
+
+@pytest.mark.parametrize("family", families(EXPERTS))
+def test_formulas_give_the_bytes(family):
+    facts = tiny(family, "dp=1,ep=2,tp=2").facts
+    config = {**COMMON, **families(EXPERTS)[family]}
+    values = {
+        "T": BATCH * SEQ,
+        "B": BATCH,
+        "S": SEQ,
+        "K": 2,
+        "E": EXPERTS,
+        "H": 64,
+        "V": 128,
+        "dp": 1,
+        "ep": 2,
+        "tp": 2,
+    }
+    values["I"] = config.get("moe_intermediate_size", config["intermediate_size"])
+    symbols = {name: sympy.Symbol(name) for name in [*values, "bytes"]}
+    assert any("T*" in row["formula"] for row in facts["collectives"])
+    for row in facts["collectives"]:
+        formula = sympy.sympify(row["formula"], locals=symbols).subs({symbols[k]: v for k, v in values.items()})
+        assert formula.subs(symbols["bytes"], 1) * width(formula, row) == row["bytes_per_rank"], row
+
+
+def width(formula, row) -> int:
+    return row["bytes_per_rank"] // formula.subs(sympy.Symbol("bytes"), 1) if formula.free_symbols else 1
+
+
+class Stop(Exception):
+    pass
+
+
+def joint_collectives(name: str, mesh: str, monkeypatch) -> Counter:
+    """Collectives, with the elements of each call, in the joint graph of forward and backward as it is compiled."""
+    shape = shape_of(mesh)
+    model, make_batch = MODELS[name]()
+    captured = capture(model, _example(model, make_batch(0, 0)))
+    select_outputs(captured, model, True, ())
+    ctx = pipeline.Context(shape)
+    gm = pipeline.run_forward(captured, ctx)
+    inputs = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            value, parameter = node.meta["val"], node.meta["role"][0] == "parameter"
+            local = tuple(value.shape)
+            for axis, layout in node.meta.get("placements", {}).items():
+                local = layout.local(local, shape[axis])
+            inputs.append(torch.zeros(local, dtype=value.dtype).requires_grad_(parameter))
+    found: Counter = Counter()
+
+    def look(name, run, graph, ctx):
+        run(graph, ctx)
+        graph.graph.eliminate_dead_code()
+        for node in graph.graph.nodes:
+            kind = pipeline.KINDS.get(str(node.target).removeprefix("ted.").removesuffix(".default"))
+            if kind and shape[node.args[-1]] > 1:
+                sizes = [s if isinstance(s, int) else BATCH * SEQ * 2 for s in node.args[0].meta["val"].shape]
+                found[kind, node.args[-1], math.prod(sizes) * node.args[0].meta["val"].element_size()] += 1
+        raise Stop
+
+    monkeypatch.setattr(compile, "run_pass", look)
+    with pytest.raises(Stop):
+        compile.build(gm, ctx, inputs, "eager", torch.device("cpu"), {}, None)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, mesh",
+    [
+        ("qwen3_moe_aux", "dp=2,ep=2,tp=2"),
+        ("deepseek_v3", "ep=2,tp=2"),
+        ("gpt_oss", "dp=1,ep=4,tp=2"),
+        ("olmoe", "tp=4"),
+        ("qwen2_moe", "dp=2,ep=2"),
+        ("nano_moe", "dp=1,ep=2,tp=2"),
+    ],
+)
+def test_collectives_are_those_of_the_joint_graph(name, mesh, monkeypatch):
+    monkeypatch.setattr(reduce_gradients, "BUCKET", 30_000)  # several buckets of several gradients
+    model, make_batch = MODELS[name]()
+    expected: Counter = Counter()
+    for row in explain(model, mesh, example_inputs=make_batch(0, 0))["collectives"]:
+        expected[row["kind"], row["axis"], row["bytes_per_rank"]] += row["count"]
+    assert joint_collectives(name, mesh, monkeypatch) == expected
+
+
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"]
+
+
+def default(family: str, mesh: str) -> tuple[int, int, int, int]:
+    """Bytes of all parameters, on one rank and whole, and of the experts, of the default configuration cut in depth."""
+    config = transformers.AutoConfig.for_model(family)
+    config.num_hidden_layers = 2
+    if hasattr(config, "first_k_dense_replace"):
+        config.first_k_dense_replace = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    parameters = explain(config, mesh, seq=32)["parameters"]
+    experts = [p for p in parameters if re.search(r"\.experts\.", p["name"])]
+    assert experts
+    return tuple(sum(math.prod(p[k]) for p in rows) for rows in (parameters, experts) for k in ("local_shape", "shape"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_share_of_one_rank(family):
+    local, whole, _, _ = default(family, "tp=2")
+    assert local <= 0.55 * whole
+    _, _, local, whole = default(family, "ep=2")
+    assert 2 * local == whole
+
+
+def test_plain_module_and_meta_weights():
+    with torch.device("meta"):
+        model = from_config(transformers.AutoConfig.for_model("mixtral", **{**COMMON, **families(8)["mixtral"]}))
+    model.eval()
+    assert explain(model, {"tp": 2}, seq=SEQ)["mesh"] == {"dp": 1, "ep": 1, "tp": 2}
+    assert not model.training
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_nothing_to_do_on_one_rank():
+    facts = tiny("mixtral", "dp=1").facts
+    assert facts["collectives"] == [] and facts["replicated"] == []
+    assert all(p["local_shape"] == p["shape"] and p["layout"] == "replicated" for p in facts["parameters"])
+
+
+def test_errors():
+    with pytest.raises(TypeError, match="needs example inputs: explain"):
+        explain(torch.nn.Linear(4, 4), "tp=2")
+    with pytest.raises(TypeError, match="got int"):
+        explain(3, "tp=2")
+    with pytest.raises(ValueError, match="unknown mesh axis 'xp'"):
+        explain("mixtral", "xp=2")
+    with pytest.raises(ValueError, match="the passes are functionalise, "):
+        analyse("mixtral", "tp=2", dump="polish")
+
+
+def test_text(qwen3):
+    plain = Explanation(qwen3.facts, qwen3.lines, None)
+    text = render(plain)
+    assert "\033" not in text
+    assert "model.layers.0: Qwen3MoeDecoderLayer" in text
+    assert re.search(r">> +\w+ = all_to_all\(rows, splits, 'ep'\) +# bf16 \[64, 64\] E", text)
+    assert re.search(r"<< +enter = enter\(\w+, 'tp'\) .*backward: all_reduce over tp", text)
+    assert re.search(r"linear = linear\(enter, self_attn.q_proj.weight\) +# bf16 \[2, 16, 64\] S\(2\)", text)
+    assert re.search(r"transpose\(mlp.experts.down_proj, 1, 2\) +# bf16 \[4, 24, 64\] S\(1\)", text)
+    for title in ("Passes", "Parameters", "Left replicated", "Collectives of one training step"):
+        assert f"\n{title}\n" in text
+    assert "data (dp x ep): " in text
+    coloured = render(plain, colour=True)
+    assert re.sub(r"\033\[[\d;]*m", "", coloured) == text != coloured
+
+
+def test_layers(qwen3):
+    plain = Explanation(qwen3.facts, qwen3.lines, None)
+    assert layers_of(qwen3.lines) == ["model.layers.0", "model.layers.1"]
+    assert "model.layers.1: Qwen3" in render(plain, 1) and "model.layers.0: Qwen3" not in render(plain, 1)
+    assert all(f"model.layers.{i}: Qwen3" in render(plain, "all") for i in (0, 1))
+    with pytest.raises(ValueError, match="layer 2 is out of range: the model has layers 0 to 1"):
+        render(plain, 2)
+
+
+def test_first_layer_with_experts_is_shown():
+    assert "model.layers.1: DeepseekV3DecoderLayer" in render(tiny("deepseek_v3", "ep=2"))
+
+
+def test_one_pass(qwen3):
+    """The pair shows what the pass did and nothing else: values keep their names."""
+    lines = render(qwen3).splitlines()
+    added = [line for line in lines if line.startswith("+")]
+    assert sum("all_to_all" in line for line in added if line.startswith("+>>")) == 2
+    assert not any("all_to_all" in line for line in lines if line.startswith("-"))
+    assert not any("self_attn" in line for line in added)
+    assert "Passes" not in lines
