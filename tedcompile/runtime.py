@@ -28,6 +28,7 @@ class _ToLocal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *parameters):
         ctx.parameters = parameters
+        ctx.set_materialize_grads(False)  # a parameter that the forward does not use has no gradient
         return tuple(compat.local_tensor(p).detach() for p in parameters)
 
     @staticmethod
