@@ -143,7 +143,7 @@ def layer_collectives() -> list[list]:
     import tedcompile
 
     rows = []
-    for c in tedcompile.explain(CONFIG, MESH, batch=BATCH, seq=SEQ, dtype="fp32")["collectives"]:
+    for c in tedcompile.explain(CONFIG, MESH, batch=BATCH, seq=SEQ, dtype=torch.float32)["collectives"]:
         if c["module"].startswith("model.layers.*.mlp"):
             calls = f"{c['count'] / CONFIG.num_hidden_layers:g}"
             rows.append([c["kind"], c["axis"], c["role"], c["phase"], calls, c["bytes_per_rank"], c["wire_bytes"]])

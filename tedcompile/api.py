@@ -126,7 +126,7 @@ def _broadcast(value: torch.Tensor, groups: Groups) -> torch.Tensor:
     return value
 
 
-def _shard(whole: torch.Tensor, old: torch.Tensor, placements: dict[str, Layout], groups: Groups) -> torch.nn.Parameter:
+def _shard(whole: torch.Tensor, old: torch.Tensor, placements: dict[str, Layout], groups: Groups) -> torch.Tensor:
     local = whole
     spec = []
     for axis in groups.mesh.mesh_dim_names or ():
@@ -143,4 +143,4 @@ def _shard(whole: torch.Tensor, old: torch.Tensor, placements: dict[str, Layout]
         local = local.clone(memory_format=torch.contiguous_format)  # not a view that keeps the whole alive
     local = local.contiguous()
     tensor = compat.dtensor(local, groups.mesh, spec, whole.shape, whole.contiguous().stride())
-    return torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
+    return compat.parameter(tensor.requires_grad_(old.requires_grad))

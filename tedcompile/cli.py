@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tedcompile.explain import BATCH, DTYPES, SEQ, Style, analyse, choose, render
 from tedcompile.mesh import MeshShape
@@ -55,16 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:  # the reader has seen enough; nothing is left to flush at exit
-        with contextlib.suppress(OSError, ValueError, io.UnsupportedOperation):
+        with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def _explain(options: argparse.Namespace) -> str:
-    # what libraries log and warn about is not part of the answer
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     shape = MeshShape.parse(options.mesh)
     if options.dtype is not None and options.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {options.dtype!r}: choose bf16, fp16 or fp32")
@@ -74,18 +70,35 @@ def _explain(options: argparse.Namespace) -> str:
             raise ValueError(f"{given[0]} is for transformers models: {options.model} makes its own inputs and weights")
     if options.layer is not None and options.layer != "all" and not options.layer.isdigit():
         raise ValueError(f"--layer takes a number or all, not {options.layer!r}")
-    found = analyse(
-        options.model,
-        shape,
-        batch=BATCH if options.batch is None else options.batch,
-        seq=SEQ if options.seq is None else options.seq,
-        dtype=DTYPES[options.dtype or "bf16"],
-        dump=options.dump,
-    )
+    with _quiet():
+        found = analyse(
+            options.model,
+            shape,
+            batch=BATCH if options.batch is None else options.batch,
+            seq=SEQ if options.seq is None else options.seq,
+            dtype=DTYPES[options.dtype or "bf16"],
+            dump=options.dump,
+        )
     choose(found.lines, options.layer)
     if options.json:
         return json.dumps(found.facts, indent=2) + "\n"
     return render(found, options.layer, Style.of(sys.stdout).colour)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What models print and libraries log is not part of the answer: on stderr, and not beside an error."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logger, noise = logging.getLogger("torch"), io.StringIO()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+    sys.stderr.write(noise.getvalue())
 
 
 if __name__ == "__main__":

@@ -48,6 +48,12 @@ def dtensor(local: torch.Tensor, mesh, placements, shape, stride) -> DTensor:
     return DTensor(local, spec, requires_grad=local.requires_grad)  # type: ignore[call-arg]
 
 
+def parameter(tensor: DTensor) -> DTensor:
+    """The DTensor as an nn.Parameter; nn.Parameter() itself detaches, and loses the spec of a fused weight on 2.11."""
+    tensor._is_param = True  # type: ignore[attr-defined]
+    return tensor
+
+
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The local shard, without autograd and without communication."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -434,7 +434,18 @@ def _buckets(gm: GraphModule, shapes: _Shapes, got: set[Node]) -> Iterator[tuple
     """Parameters whose gradients are reduced together: those of one kind, from the last used to the first."""
     position = {n: i for i, n in enumerate(gm.graph.nodes)}
     members = [p for p in _parameters(gm) if p in got]
-    members.sort(key=lambda p: -min(position[u] for u in p.users))
+
+    def last(p: Node) -> tuple[int, int]:
+        """Autograd runs the last op first; a linear gives its bias a gradient before its weight."""
+        found = []
+        for user in p.users:
+            a = p
+            while user.target in (ops.enter.default, ops.share.default, ops.slice.default) and len(user.users) == 1:
+                a, user = user, next(iter(user.users))
+            found.append((position[user], user.args.index(a) if user.target is aten.linear.default else 0))
+        return min(found)
+
+    members.sort(key=last, reverse=True)
     families: dict[tuple, list[Node]] = {}
     for p in members:
         axis = "dp" if "ep" in p.meta.get("placements", {}) else "data"

@@ -206,6 +206,9 @@ def pointwise(c: Call) -> Layout:
             if layout.dim - ndim(a) != rel or layout.sections != first.sections:
                 raise NoRule(f"{c.node.target} meets operands split on different dims")
         elif ndim(a) >= -rel and shape(a)[rel] != 1:
+            whole = differentiable(a) and not a.meta.get("weights_only") and shape(a) == shape(c.node)
+            if c.node.target in LINEAR and whole:  # a residual: what follows it would be split along the features
+                raise NoRule("its result is added to a value that is whole")
             c.need(a, S(ndim(a) + rel, first.sections))
         else:
             c.need(a, E)

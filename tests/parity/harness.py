@@ -230,7 +230,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
-    return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).clone()
+    return (tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()).clone()
 
 
 def run_case(case: Case) -> dict:

@@ -26,7 +26,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def full(p):
-    return p.detach().full_tensor()
+    return p.full_tensor().detach()
 
 
 class MLP(nn.Module):
