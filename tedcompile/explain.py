@@ -501,7 +501,7 @@ class _Letters:
         if weight:
             choices = (self.experts if i == 0 and of != 2 else []) + choices
         elif i < of - 1 or of == 1:
-            choices = (self.sequence[i : i + 1] if of > 2 and i < 2 else []) + self.tokens + choices
+            choices = (self.sequence[min(i, 1) :][:1] if of > 2 else []) + self.tokens + choices
         return next((letter for letter, value in choices if value == size), sympy.Integer(size))
 
     def product(self, node: Node, axes: dict[str, Layout]) -> sympy.Expr:
