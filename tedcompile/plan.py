@@ -7,6 +7,7 @@ plan is made again, until nothing changes. Weights of equal shape at the same pl
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,10 @@ class _Planner:
         except NoRule as error:
             return self.give_up(node, origin, str(error))
         self.plan.layouts[node], self.plan.calls[node] = result, call
+        if node.target is operator.getitem:
+            for facts in (self.origin, self.statistic, self.normed):
+                facts[node] = facts.get(node.args[0], frozenset())
+            return
         kinds = {r.kind for r in result} if isinstance(result, tuple) else {result.kind}
         inputs = call.tensors()
         statistics = frozenset().union(*(self.statistic.get(a, frozenset()) for a in inputs))
@@ -130,6 +135,8 @@ class _Planner:
             self.normed[node] = frozenset().union(*(self.normed.get(a, frozenset()) for a in inputs)) | (
                 statistics & self.origin[node]
             )
+            if self.normed[node]:  # the norm's own weight, split along with what it scales
+                self.normed[node] |= call.assigned
         elif node.target not in (aten.linear.default, aten.matmul.default, ops.grouped_mm.default):
             self.statistic[node] = statistics | (origin if "P" in kinds else frozenset())
 
