@@ -447,6 +447,20 @@ def _cat(c: Call) -> Layout:
     return result
 
 
+@rule(aten.slice_scatter.default)
+def _slice_scatter(c: Call) -> Layout:
+    base, part, dim = c.node.args[0], c.node.args[1], c.arg(2, 0) % ndim(c.node)
+    sharded = [a for a in (base, part) if c.layout(a).kind == "S"]
+    if not sharded:
+        return c.default()
+    layout = c.layout(sharded[0])
+    if dim == layout.dim or any(c.layout(a) != layout for a in sharded):
+        raise NoRule("a write along the dim that is split")
+    c.need(base, layout)
+    c.need(part, layout)
+    return layout
+
+
 @rule(aten.pad.default, aten.constant_pad_nd.default)
 def _pad(c: Call) -> Layout:
     a, pads = c.node.args[:2]
