@@ -29,7 +29,7 @@ from tabulate import tabulate
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule, Node
 
-from tedcompile import frontends, layouts, pipeline
+from tedcompile import frontends, graphs, layouts, pipeline
 from tedcompile.capture import bind, capture, module_path
 from tedcompile.layouts import Call, Layout, NoRule, R, Sections, aten
 from tedcompile.mesh import MeshShape, shape_of
@@ -347,15 +347,6 @@ BACKWARD = {
     ops.all_to_all.default: "all_to_all",
     ops.all_to_all_like.default: "all_to_all",
 }
-# operands that get no gradient although they are floating (only their size or dtype is read); None stands for all
-NO_GRADIENT: dict[Any, tuple[int, ...] | None] = {
-    ops.per_expert.default: (2,),
-    ops.all_to_all_like.default: (2,),
-    **dict.fromkeys(
-        (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
-         aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
-    ),
-}  # fmt: skip
 
 
 def _cotangents(gm: GraphModule) -> set[Node]:
@@ -365,10 +356,7 @@ def _cotangents(gm: GraphModule) -> set[Node]:
         if node.op == "output":
             found.update(a for a in node.all_input_nodes if a.meta.get("grad"))
         elif node in found and node.op == "call_function":
-            skip = NO_GRADIENT.get(node.target, ())
-            if skip is not None:
-                operands = [a for i, a in enumerate(node.args) if i not in skip]
-                torch.fx.map_arg((operands, dict(node.kwargs)), lambda a: found.add(a) if a.meta.get("grad") else None)
+            found.update(a for a in graphs.differentiated(node) if a.meta.get("grad"))
     return found
 
 

@@ -53,6 +53,31 @@ def emit(graph: Graph, function: Callable, args: tuple, kwargs: dict, like: Node
     return result
 
 
+# operands that get no gradient although they are floating (only their size or dtype is read); None stands for all
+NO_GRADIENT: dict[Any, tuple[int, ...] | None] = {
+    ops.per_expert.default: (1, 2),
+    ops.all_to_all_like.default: (1, 2),
+    **dict.fromkeys(
+        (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+         aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+         aten.detach.default, ops.all_max.default, ops.rand.default)
+    ),
+}  # fmt: skip
+
+
+def differentiated(node: Node) -> list[Node]:
+    """The operands to which autograd passes a gradient, where they have one."""
+    skip = NO_GRADIENT.get(node.target, ())
+    if skip == ():
+        return node.all_input_nodes
+    found: list[Node] = []
+    if skip is not None:
+        torch.fx.map_arg(
+            ([a for i, a in enumerate(node.args) if i not in skip], dict(node.kwargs)), lambda n: found.append(n)
+        )
+    return found
+
+
 def set_facts(node: Node) -> None:
     """`grad`: a gradient flows through this value. `weights_only`: it is made of parameters alone."""
     role = node.meta.get("role", ("",))
@@ -63,8 +88,7 @@ def set_facts(node: Node) -> None:
     inputs = node.all_input_nodes
     value = node.meta.get("val")
     floating = not isinstance(value, torch.Tensor) or value.is_floating_point()
-    cut = node.target in (aten.detach.default, ops.all_max.default)
-    node.meta["grad"] = floating and not cut and any(a.meta.get("grad") for a in inputs)
+    node.meta["grad"] = floating and any(a.meta.get("grad") for a in differentiated(node))
     sources = inputs[:1] if node.target is ops.per_expert.default else inputs
     node.meta["weights_only"] = bool(sources) and all(a.meta.get("weights_only") for a in sources)
 
