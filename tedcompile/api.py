@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tedcompile.capture import bind
 from tedcompile.compile import BACKENDS
 from tedcompile.layouts import Layout
 from tedcompile.mesh import Groups, shape_of
+from tedcompile.options import Options
 from tedcompile.runtime import ParallelModule, Runtime
 
 log = logging.getLogger("tedcompile")
@@ -29,6 +30,10 @@ def parallelize(
     example_inputs: dict[str, Any] | tuple | None = None,
     backend: str = "inductor",
     outputs: Sequence[str] = (),
+    off: Sequence[str] = (),
+    plan: Mapping[str, str] | None = None,
+    checkpoint: str = "none",
+    memory_budget: float | None = None,
 ) -> torch.nn.Module:
     """Makes a plain single-device model train by tensor, expert and data parallelism.
 
@@ -41,6 +46,11 @@ def parallelize(
             models need none.
         backend: "inductor", or "eager" for the rewritten graph, uncompiled.
         outputs: names of outputs, besides the losses, that training returns ("logits": gathered, on all ranks).
+        off: optimisations to leave out, by the names of their passes (`options.OPTIONAL`).
+        plan: choices to force, as in {"dispatch": "all_gather", "experts": "folded"} (`options.PLANS`); what is not
+            named is chosen for each MoE block by the cost model.
+        checkpoint: "none"; "full" recomputes every layer in the backward, "selective" what costs least to recompute
+            until the activations kept fit `memory_budget` (bytes, or a fraction of those kept by "none").
 
     The loss that each rank returns is its local one; gradients are averaged over dp x ep, so a step is the
     single-device step on the mean loss (DeepSpeed-TED, arXiv 2303.06318, section 3).
@@ -54,6 +64,7 @@ def parallelize(
         raise ValueError(f"{type(model).__name__} is parallel already")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose {' or '.join(BACKENDS)}")
+    options = Options.of(off, plan, checkpoint, memory_budget)
     shape_of(mesh)
     if not isinstance(mesh, DeviceMesh):
         raise TypeError("parallelize needs a torch DeviceMesh (init_device_mesh); tedcompile.explain takes plain sizes")
@@ -61,7 +72,7 @@ def parallelize(
         if p.device.type == "meta":
             raise ValueError(f"parameter {name} is on the meta device: build the model with weights, on the cpu")
     example = _example(model, example_inputs)
-    runtime = Runtime(Groups.of(mesh), backend, tuple([outputs] if isinstance(outputs, str) else outputs))
+    runtime = Runtime(Groups.of(mesh), backend, tuple([outputs] if isinstance(outputs, str) else outputs), options)
     training = model.training
     model.train()
     try:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from tedcompile.explain import BATCH, DTYPES, SEQ, Style, analyse, choose, render
 from tedcompile.mesh import MeshShape
+from tedcompile.options import Options
 
 EPILOG = """MODEL is a transformers model type (mixtral, qwen3_moe: its default configuration), a config.json or a
 folder with one, or file.py:function, a function that returns (model, example_inputs).
@@ -40,6 +41,10 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", metavar="NAME", help="of the parameters: bf16 (default), fp16 or fp32")
     add("--layer", metavar="K", help="layer to print, or all (default: the first one with an MoE block)")
     add("--pass", dest="dump", default="", metavar="NAME", help="print that layer before and after one pass, only")
+    add("--off", action="append", default=[], metavar="PASS", help="leave an optimisation out (may be repeated)")
+    add("--plan", action="append", default=[], metavar="CHOICE=VALUE", help="force a choice: dispatch, experts")
+    add("--checkpoint", default="none", metavar="KIND", help="none (default), full or selective")
+    add("--memory-budget", type=float, metavar="X", help="for selective: bytes, or a fraction of what none keeps")
     add("--json", action="store_true", help="print one JSON object")
     return top
 
@@ -78,11 +83,19 @@ def _explain(options: argparse.Namespace) -> str:
             seq=SEQ if options.seq is None else options.seq,
             dtype=DTYPES[options.dtype or "bf16"],
             dump=options.dump,
+            options=Options.of(options.off, _pairs(options.plan), options.checkpoint, options.memory_budget),
         )
     choose(found.lines, options.layer)
     if options.json:
         return json.dumps(found.facts, indent=2) + "\n"
     return render(found, options.layer, Style.of(sys.stdout).colour)
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    for text in texts:
+        if "=" not in text:
+            raise ValueError(f"--plan takes CHOICE=VALUE, as in dispatch=all_gather, not {text!r}")
+    return dict(text.split("=", 1) for text in texts)  # type: ignore[misc]
 
 
 @contextlib.contextmanager

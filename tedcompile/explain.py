@@ -18,7 +18,7 @@ import operator
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from tedcompile.capture import bind, capture, module_path
 from tedcompile.layouts import Call, Layout, NoRule, R, Sections, aten
 from tedcompile.mesh import MeshShape, shape_of
 from tedcompile.ops import ops
+from tedcompile.options import Options
 from tedcompile.passes import reduce_gradients
 from tedcompile.plan import CHAIN
 from tedcompile.runtime import plain, select_outputs
@@ -51,6 +52,10 @@ def explain(
     batch: int = BATCH,
     seq: int = SEQ,
     dtype: torch.dtype = torch.bfloat16,
+    off: Sequence[str] = (),
+    plan: Mapping[str, str] | None = None,
+    checkpoint: str = "none",
+    memory_budget: float | None = None,
 ) -> dict[str, Any]:
     """What `parallelize` would do with a model on a mesh; the object that `tedcompile explain --json` prints.
 
@@ -61,6 +66,7 @@ def explain(
         example_inputs: the arguments of one rank's training step; Hugging Face models need none.
         batch, seq: sequences, and positions in each, of one rank's batch, where no example inputs are given.
         dtype: of the parameters of a model that is built here, from a configuration or a type.
+        off, plan, checkpoint, memory_budget: as for `parallelize`.
 
     Returns a dict with the keys `model`, `mesh`, `passes`, `collectives`, `parameters` and `replicated`. In each
     collective `bytes_per_rank` is the op's input on one rank and `wire_bytes` what that rank sends in a ring, both of
@@ -69,7 +75,8 @@ def explain(
 
     Raises ValueError and TypeError as `parallelize` does.
     """
-    return analyse(model, mesh, example_inputs=example_inputs, batch=batch, seq=seq, dtype=dtype).facts
+    options = Options.of(off, plan, checkpoint, memory_budget)
+    return analyse(model, mesh, example_inputs=example_inputs, batch=batch, seq=seq, dtype=dtype, options=options).facts
 
 
 @dataclass
@@ -90,6 +97,7 @@ def analyse(
     seq: int = SEQ,
     dtype: torch.dtype = torch.bfloat16,
     dump: str = "",
+    options: Options = Options(),  # noqa: B008 (frozen)
 ) -> Explanation:
     """`explain` with the rewritten graph, and, for the pass named `dump`, the graph before and after it."""
     shape = shape_of(mesh)
@@ -114,7 +122,7 @@ def analyse(
             select_outputs(captured, model, True, ())
     finally:
         model.train(training)
-    ctx = pipeline.Context(shape, dump=dump, show=listing.lines)
+    ctx = pipeline.Context(shape, dump=dump, show=listing.lines, options=options)
     gm = pipeline.run_forward(captured, ctx)
     facts = {
         "model": name,

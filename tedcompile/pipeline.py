@@ -15,6 +15,7 @@ from tedcompile.capture import Captured, module_path
 from tedcompile.layouts import Layout
 from tedcompile.mesh import MeshShape
 from tedcompile.ops import ops
+from tedcompile.options import Options
 from tedcompile.passes import (
     causal_mask,
     check,
@@ -71,6 +72,7 @@ class Context:
     decided: dict[str, dict[str, Layout]] | None = None
     dump: str = ""
     show: Callable[[GraphModule], Any] = lambda gm: str(gm.graph)
+    options: Options = field(default_factory=Options)
     mutations: dict[Node, Node] = field(default_factory=dict)
     replicated: list[tuple[Node, str]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
@@ -110,6 +112,8 @@ def run_forward(captured: Captured, ctx: Context) -> GraphModule:
     output = gm.graph.output_node()
     checked = False
     for name, run in FORWARD:
+        if name in ctx.options.off:
+            continue
         checked = checked or name == CHECKED_FROM
         run_pass(name, run, gm, ctx)
         if name == "functionalise" and ctx.mutations:

@@ -20,6 +20,7 @@ from tedcompile import compat, compile, pipeline
 from tedcompile.capture import bind, capture
 from tedcompile.layouts import Layout
 from tedcompile.mesh import Groups
+from tedcompile.options import Options
 
 
 class _ToLocal(torch.autograd.Function):
@@ -73,8 +74,8 @@ def plain(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 class Runtime:
-    def __init__(self, groups: Groups, backend: str, outputs: tuple[str, ...]):
-        self.groups, self.backend, self.outputs = groups, backend, outputs
+    def __init__(self, groups: Groups, backend: str, outputs: tuple[str, ...], options: Options):
+        self.groups, self.backend, self.outputs, self.options = groups, backend, outputs, options
         self.decided: dict[str, dict[str, Layout]] | None = None
         self.programs: dict[tuple, Program] = {}
         self.ready: dict[tuple, tuple] = {}
@@ -202,7 +203,7 @@ class Runtime:
             inner = torch.autocast("cpu", dtype=torch.get_autocast_dtype(device), cache_enabled=False)
         with plain(model), torch.enable_grad(), inner:
             captured = capture(model, named)
-        ctx = pipeline.Context(self.groups.shape, self.decided)
+        ctx = pipeline.Context(self.groups.shape, self.decided, options=self.options)
         kept = select_outputs(captured, model, model.training, self.outputs)
         gm = pipeline.run_forward(captured, ctx)
         return captured, ctx, gm, kept

@@ -1,0 +1,54 @@
+"""What users may switch off, force or ask for: checked once, alike for `parallelize`, `explain` and the command line.
+
+Nothing here changes a result: every option chooses between programs that compute the same losses and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+# optimisations by the name of their pass; the other passes are what makes the program right
+OPTIONAL = ("drop_duplicates", "simplify_collectives", "save_collectives")
+# choices that the cost model makes, and the values that may be forced
+PLANS: dict[str, tuple[str, ...]] = {
+    "dispatch": ("all_to_all", "dedup", "all_gather"),
+    "experts": ("tensor", "folded"),
+}
+CHECKPOINTS = ("none", "full", "selective")
+
+
+@dataclass(frozen=True)
+class Options:
+    """`memory_budget`: for selective checkpointing, bytes (above 1) or a fraction of what "none" would keep."""
+
+    off: frozenset[str] = frozenset()
+    plan: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: str = "none"
+    memory_budget: float | None = None
+
+    @staticmethod
+    def of(
+        off: Sequence[str] | str = (),
+        plan: Mapping[str, str] | None = None,
+        checkpoint: str = "none",
+        memory_budget: float | None = None,
+    ) -> Options:
+        """Checks what a user gives. Raises ValueError that names the option, what was given and what there is."""
+        names = frozenset([off] if isinstance(off, str) else off)
+        for name in sorted(names - set(OPTIONAL)):
+            raise ValueError(f"off: there is no optimisation {name!r}; choose among {', '.join(OPTIONAL)}")
+        for key, value in (plan or {}).items():
+            if key not in PLANS:
+                raise ValueError(f"plan: there is no choice {key!r}; the choices are {', '.join(PLANS)}")
+            if value not in PLANS[key]:
+                raise ValueError(f"plan: {key} cannot be {value!r}; choose {' or '.join(PLANS[key])}")
+        if checkpoint not in CHECKPOINTS:
+            raise ValueError(f"checkpoint cannot be {checkpoint!r}; choose {' or '.join(CHECKPOINTS)}")
+        if (checkpoint == "selective") != (memory_budget is not None):
+            raise ValueError(
+                'memory_budget (bytes, or a fraction below 1) goes with checkpoint="selective", and only it'
+            )
+        if memory_budget is not None and not memory_budget > 0:
+            raise ValueError(f"memory_budget must be positive, got {memory_budget}")
+        return Options(names, dict(plan or {}), checkpoint, memory_budget)
