@@ -74,7 +74,27 @@ def _gather(gm: GraphModule, node: Node) -> Node:
     return _add(gm, aten.cat.default, (blocks, dim))
 
 
-def _drop(gm: GraphModule, node: Node) -> Node:
+def _reduce_scatter(gm: GraphModule, node: Node) -> Node:
+    x, dim, size, sections, group = node.args
+    if dim != 0 or sections:
+        parts = sections or [x.meta["val"].shape[dim]]
+        starts = [sum(parts[:i]) for i in range(len(parts))]
+        blocks = [
+            [
+                _add(gm, aten.slice.Tensor, (x, dim, s + r * (n // size), s + (r + 1) * (n // size)))
+                for s, n in zip(starts, parts)
+            ]
+            for r in range(size)
+        ]
+        x = _add(
+            gm, aten.cat.default, ([_add(gm, aten.cat.default, (b, dim)) if len(b) > 1 else b[0] for b in blocks],)
+        )
+    x = _add(gm, aten.clone.default, (x,))
+    x.kwargs = {"memory_format": torch.contiguous_format}
+    return _wait(gm, _add(gm, c10d.reduce_scatter_tensor.default, (x, "sum", size, group)))
+
+
+def _identity(gm: GraphModule, node: Node) -> Node:
     return node.args[0]
 
 
@@ -83,11 +103,13 @@ def _share(gm: GraphModule, node: Node) -> Node:
 
 
 LOWERED = {
-    ops.enter.default: _drop,
+    ops.enter.default: _identity,
     ops.share.default: _share,
     ops.all_reduce.default: _reduce("sum"),
     ops.all_max.default: _reduce("max"),
     ops.gather.default: _gather,
+    ops.gather_enter.default: _gather,
+    ops.reduce_scatter.default: _reduce_scatter,
 }
 
 

@@ -11,13 +11,32 @@ Refuses: nothing; what has no rule stays whole and `ctx.replicated` says why.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch.fx import GraphModule, Node
 
 from tedcompile import graphs
-from tedcompile.layouts import MOVES, E, Layout, R, differentiable
+from tedcompile.layouts import MOVES, D, E, Layout, R, differentiable
 from tedcompile.ops import ops
 from tedcompile.plan import plan_tensors
+
+
+def _counts(value: Node) -> tuple[Node, Node]:
+    """The counts and the rows of the dispatch that rows come from."""
+    pending, seen = [value], set()
+    while pending:
+        node = pending.pop()
+        if node.target is operator.getitem and node.args[0].target is ops.permute.default:
+            out = {u.args[1]: u for u in node.args[0].users if u.target is operator.getitem}
+            return out[1], out[0]
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    raise AssertionError(f"{value.name} comes from no dispatch")
+
+
+LEFT = {"enter": E, "gather_enter": E, "gather_rows": E, "scatter_rows": D}  # the layouts that moves lead to
 
 
 def run(gm: GraphModule, ctx) -> None:
@@ -38,14 +57,18 @@ def run(gm: GraphModule, ctx) -> None:
             value = a
             steps = ("all_max",) if have.op == "max" else MOVES[have.kind, want.kind]
             for step in steps:
-                args: tuple = {
-                    "slice": (value, want.dim, tp, list(want.sections), "tp"),
-                    "gather": (value, have.dim, tp, list(have.sections), "tp"),
-                    "share": (value, tp, "tp"),
-                }.get(step, (value, "tp"))
+                args: tuple = (value, "tp")
+                if step in ("slice", "reduce_scatter"):
+                    args = (value, want.dim, tp, list(want.sections), "tp")
+                elif step in ("gather", "gather_enter"):
+                    args = (value, have.dim, tp, list(have.sections), "tp")
+                elif step == "share":
+                    args = (value, tp, "tp")
+                elif step in ("gather_rows", "scatter_rows"):
+                    args = (value, *_counts(value)[: 1 if step == "gather_rows" else 2], "tp")
                 target = getattr(ops, step).default
                 value = graphs.call(gm.graph, target, args, a if a.op != "placeholder" else like)
-                value.meta["layout"] = {"enter": E, "slice": want, "share": want}.get(step, R)
+                value.meta["layout"] = LEFT.get(step, want if step in ("slice", "share") else R)
             moved[a, want] = value
         return moved[a, want]
 

@@ -340,7 +340,7 @@ class _Shapes:
         layout = node.meta.get("layout", R)
         layout = layout[index or 0] if isinstance(layout, tuple) else layout
         found = {"ep": self.experts[node]} if node in self.experts else {}
-        return found | ({"tp": layout} if layout.kind == "S" else {})
+        return found | ({"tp": layout} if layout.kind in "SD" else {})
 
     def local(self, node: Node, index: int | None = None) -> tuple[int, ...]:
         value = node.meta["val"]
@@ -352,6 +352,10 @@ class _Shapes:
 BACKWARD = {
     ops.enter.default: "all_reduce",
     ops.slice.default: "all_gather",
+    ops.gather_enter.default: "reduce_scatter",
+    ops.reduce_scatter.default: "all_gather",
+    ops.gather_rows.default: "reduce_scatter",
+    ops.scatter_rows.default: "all_gather",
     ops.all_to_all.default: "all_to_all",
     ops.all_to_all_like.default: "all_to_all",
 }
@@ -383,7 +387,7 @@ def collectives(gm: GraphModule, mesh: MeshShape) -> list[dict[str, Any]]:
         name = _ted(node)
         if name in pipeline.KINDS:
             role = "parameter" if node.args[0].meta["weights_only"] else "payload"
-            role = "counts" if name == "exchange_counts" else role
+            role = role if node.args[0].meta["val"].is_floating_point() else "counts"
             module = _pattern(module_path(node))
             add(pipeline.KINDS[name], node.args[-1], role, "forward", module, [node.args[0]])
     for node in reversed(gm.graph.nodes):

@@ -15,9 +15,14 @@ from tedcompile.ops import ops
 KEPT = ("nn_module_stack", "stack_trace", "autocast")
 
 
+# moves between layouts, which change where a value is and not what it is
+PLACES = {ops.slice.default, ops.gather.default, ops.gather_enter.default, ops.reduce_scatter.default,
+          ops.gather_rows.default, ops.scatter_rows.default}  # fmt: skip
+
+
 def value_of(node: Node) -> Any:
-    """The fake *global* value of a node from those of its arguments; a slice or gather does not change it."""
-    if node.target in (ops.slice.default, ops.gather.default):
+    """The fake *global* value of a node from those of its arguments; a move between layouts does not change it."""
+    if node.target in PLACES:
         return node.args[0].meta["val"]
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     return node.target(*args, **kwargs)

@@ -4,6 +4,7 @@
     E     entered: the same value, but each rank's cotangent is a part of the sum
     S(d)  split on dim d; with sections, each of them is split (a fused [gate; up])
     P     partial: the value is the sum (or the maximum) over the ranks
+    D     own rows: each row, of a token that this rank keeps, is on one rank (after tokens were dropped to S(0))
 
 A rule reads a `Call` (the node, its operands' layouts), says by `call.need(operand, layout)` what it must be given, may
 set local arguments or emit other ops, and returns the layout of the result. `plan_tensors` uses the table to decide,
@@ -43,13 +44,14 @@ class Layout:
         return self.kind + ("(max)" if self.op == "max" else "")
 
     def local(self, shape: tuple[int, ...] | torch.Size, size: int) -> tuple[int, ...]:
-        """The shape of one rank's part."""
-        if self.kind != "S":
+        """The shape of one rank's part; of own rows with an equal number on each rank."""
+        if self.kind not in "SD":
             return tuple(shape)
-        return tuple(s // size if i == self.dim else s for i, s in enumerate(shape))
+        dim = 0 if self.kind == "D" else self.dim
+        return tuple(s // size if i == dim else s for i, s in enumerate(shape))
 
 
-R, E, P, PMAX = Layout("R"), Layout("E"), Layout("P"), Layout("P", op="max")
+R, E, P, PMAX, D = Layout("R"), Layout("E"), Layout("P"), Layout("P", op="max"), Layout("D")
 
 
 def S(dim: int, sections: tuple[int, ...] = ()) -> Layout:
@@ -65,8 +67,22 @@ MOVES: dict[tuple[str, str], tuple[str, ...]] = {
     ("P", "E"): ("all_reduce", "enter"),
     ("P", "S"): ("all_reduce", "slice"),
     ("S", "R"): ("gather",),
-    ("S", "E"): ("gather", "enter"),
+    ("S", "E"): ("gather_enter",),
+    ("D", "E"): ("gather_rows",),
+    ("P", "D"): ("scatter_rows",),
 }
+
+
+@dataclass
+class Dispatch:
+    """How the rows of one `permute` whose tokens are dropped meet their experts: `meta["dispatch"]` of its ops.
+
+    tensor: experts are split over tp, and the rows of all tp ranks are gathered for them (TED's expert tensor
+    parallelism). folded: experts are whole, spread over ep x tp ranks. whole: experts are replicated over tp, and each
+    tp rank computes its own rows.
+    """
+
+    experts: str = "tensor"
 
 
 class NoRule(Exception):
@@ -79,6 +95,14 @@ class Sections(Exception):
     def __init__(self, sections: tuple[int, ...]):
         super().__init__(f"fused sections {sections}")
         self.sections = sections
+
+
+class Whole(Exception):
+    """The experts of a dispatch cannot be split as its plan says; each tp rank computes its own rows."""
+
+    def __init__(self, dispatch: Dispatch):
+        super().__init__(dispatch.experts)
+        self.dispatch = dispatch
 
 
 class Call:
@@ -143,6 +167,13 @@ def differentiable(a: Node) -> bool:
 
 
 RULES: dict[Any, Callable[[Call], Any]] = {}
+# ops whose rules know own rows; the others work on them row by row
+OWN_ROWS = {
+    ops.permute.default, ops.unpermute.default, ops.gather_sum.default, ops.grouped_mm.default, ops.per_expert.default,
+    ops.take.default, ops.regroup.default, ops.exchange_counts.default, ops.splits.default, ops.row_sizes.default,
+    ops.all_to_all.default, ops.all_to_all_like.default, ops.gather_rows.default, ops.scatter_rows.default,
+    ops.gather.default,
+}  # fmt: skip
 
 
 def rule(*targets: Any):
@@ -163,7 +194,9 @@ def apply(call: Call) -> Any:
     found = RULES.get(node.target)
     if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         found = pointwise
-    if found in (pointwise, None) and all(call.layout(a).kind in "RE" for a in tensors) or not tensors:
+    if node.target not in OWN_ROWS and any(call.layout(a) == D for a in tensors):
+        result = own_rows(call)
+    elif found in (pointwise, None) and all(call.layout(a).kind in "RE" for a in tensors) or not tensors:
         result = call.default()
     elif found is None:
         raise NoRule(f"{node.target} has no rule for a split or partial operand")
@@ -173,6 +206,29 @@ def apply(call: Call) -> Any:
     if isinstance(value, (tuple, list)) and not isinstance(result, tuple):
         return tuple(result for _ in value)
     return result
+
+
+def own_rows(c: Call) -> Any:
+    """An op on own rows works row by row, which is what the table says of rows split on dim 0; parameters enter.
+
+    Where the experts are split over tp, the rows of all tp ranks are gathered before anything is done with them.
+    """
+    own = {a for a in c.tensors() if c.layout(a) == D}
+    value = val(c.node)
+    if not any(v.is_floating_point() for v in (*map(val, own), *(value if isinstance(value, tuple) else [value]))):
+        return D  # counts and orders: their own rank's bookkeeping
+    probe = Call(c.node, {a: S(0) if a in own else R for a in c.tensors()}, 1)
+    result = apply(probe)
+    results = result if isinstance(result, tuple) else (result,)
+    if any(r != S(0) for r in results):
+        raise NoRule(f"{c.node.target} mixes the rows of experts")
+    dispatch = c.node.meta.get("dispatch")
+    after = E if dispatch and dispatch.experts == "tensor" else D
+    for a in c.tensors():
+        if a not in own and probe.needs.get(a, R).kind == "S":
+            raise NoRule(f"{c.node.target} joins own rows with rows that are whole")
+        c.need(a, after if a in own else E)
+    return tuple(after for _ in result) if isinstance(result, tuple) else after
 
 
 # ---- elementwise ----------------------------------------------------------------------------------------------------
@@ -647,6 +703,10 @@ def _grouped_mm(c: Call) -> Layout:
     rows, weight, counts = c.node.args
     if c.layout(rows).kind == "S" and c.layout(rows).dim == 0:
         raise NoRule("a grouped product of rows that are split")
+    if c.layout(rows) == D:
+        sections = c.sections(weight)
+        return _own_rows_of_experts(c, weight, counts, rows, S(2, sections)) or S(1, sections)
+    c.need(counts, R)
     return contract(c, rows, weight, 1, 2)
 
 
@@ -767,8 +827,12 @@ def _embedding_shard(c: Call) -> Layout:
 @rule(ops.permute.default)
 def _permute(c: Call) -> Any:
     x, index, _ = c.node.args
-    c.need(index, R)
     layout = c.layout(x)
+    if S(0) in (layout, c.layout(index)):
+        c.need(x, S(0))
+        c.need(index, S(0))
+        return (D, P, D, D)
+    c.need(index, R)
     if layout == P:
         c.need(x, R)
         layout = R
@@ -779,8 +843,12 @@ def _permute(c: Call) -> Any:
 
 @rule(ops.unpermute.default)
 def _unpermute(c: Call) -> Layout:
-    rows, _, _, weights = c.node.args
+    rows, perm, _, weights = c.node.args
     layout = c.layout(rows)
+    if c.layout(perm) == D:
+        _need_own(c, rows)
+        c.need(weights, S(0))
+        return S(0)
     if layout.kind == "S" and layout.dim != 1:
         raise NoRule("combine of rows that are split")
     if layout.kind == "R":
@@ -791,18 +859,103 @@ def _unpermute(c: Call) -> Layout:
 
 @rule(ops.gather_sum.default)
 def _gather_sum(c: Call) -> Layout:
+    if c.layout(c.node.args[1]) == D:
+        _need_own(c, c.node.args[0])
+        return S(0)
     return _rows(c)
+
+
+def _need_own(c: Call, rows: Node) -> None:
+    if c.layout(rows) not in (D, P):
+        raise Whole(c.node.meta["dispatch"])
+    c.need(rows, D)
+
+
+def _own_rows_of_experts(c: Call, weight: Node, counts: Node, rows: Node, columns: Layout) -> Layout | None:
+    """Own rows and a weight of each expert, by the plan of their dispatch; None: the rows are gathered first."""
+    dispatch = c.node.meta.get("dispatch")
+    layout = c.layout(weight)
+    if layout == S(0) or (dispatch and dispatch.experts == "folded"):
+        if not c.assign(weight, S(0)):
+            raise Whole(c.node.meta["dispatch"])
+        return D
+    if dispatch and dispatch.experts == "tensor":
+        if not c.assign(weight, columns):
+            raise Whole(dispatch)
+        c.need(rows, E)
+        c.need(counts, R)
+        return None
+    c.need(weight, E)
+    return D
 
 
 @rule(ops.per_expert.default)
 def _per_expert(c: Call) -> Layout:
+    if c.layout(c.node.args[2]) == D:
+        x, counts, rows = c.node.args
+        own = _own_rows_of_experts(c, x, counts, rows, c.layout(x) if c.layout(x).kind == "S" else R)
+        if own:
+            return own
+    else:
+        c.need(c.node.args[1], R)
     layout = c.layout(c.node.args[0])
     if layout == P or (layout.kind == "S" and layout.dim == 0):
         raise NoRule("a per-expert value that is partial or split over experts")
     return layout  # the rows give only their number
 
 
-@rule(ops.take.default, ops.all_to_all.default, ops.all_to_all_like.default)
+def permute_output(a: Node) -> int | None:
+    """Which result of a permute a node is, or is a view of."""
+    while a.target in (aten.view.default, aten.reshape.default):
+        a = a.args[0]
+    ours = a.target is operator.getitem and a.args[0].target is ops.permute.default
+    return a.args[1] if ours else None
+
+
+@rule(ops.take.default)
+def _take(c: Call) -> Layout:
+    """Between slots and rows, or, sorted again after a dispatch, rows and rows."""
+    x, order, _ = c.node.args
+    result = permute_output(order) if c.layout(order) == D else None
+    if result == 3:
+        c.need(x, S(0))
+        return D
+    if result == 2:
+        _need_own(c, x)
+        return S(0)
+    return _rows(c)
+
+
+@rule(ops.drop.default)
+def _drop(c: Call) -> Layout:
+    c.need(c.node.args[0], S(0))
+    c.emit = lambda x: x
+    return S(0)
+
+
+@rule(ops.gather_rows.default)
+def _gather_rows(c: Call) -> Layout:
+    c.need(c.node.args[0], D)
+    return E
+
+
+@rule(ops.scatter_rows.default)
+def _scatter_rows(c: Call) -> Layout:
+    c.need(c.node.args[0], P)
+    return D
+
+
+@rule(ops.exchange_counts.default)
+def _exchange_counts(c: Call) -> Layout:
+    return D if c.layout(c.node.args[0]) in (P, D) else c.default()  # own counts
+
+
+@rule(ops.splits.default, ops.row_sizes.default)
+def _splits(c: Call) -> Layout:
+    return D if any(c.layout(a) in (P, D) for a in c.tensors()) else c.default()
+
+
+@rule(ops.all_to_all.default, ops.all_to_all_like.default)
 def _rows(c: Call) -> Layout:
     layout = c.layout(c.node.args[0])
     if layout.kind == "S" and layout.dim == 0:
@@ -812,7 +965,7 @@ def _rows(c: Call) -> Layout:
 
 @rule(ops.regroup.default)
 def _regroup(c: Call) -> Any:
-    return (R, R)
+    return (D, D) if c.layout(c.node.args[0]) == D else (R, R)
 
 
 # ---- moves: what the verifier reads ---------------------------------------------------------------------------------
@@ -846,15 +999,17 @@ def _all_max(c: Call) -> Layout:
     return R
 
 
-@rule(ops.slice.default)
+@rule(ops.slice.default, ops.reduce_scatter.default)
 def _slice_move(c: Call) -> Layout:
     a, dim, _, sections, _ = c.node.args
-    c.need(a, R)
+    c.need(a, R if c.node.target is ops.slice.default else P)
     return S(dim, tuple(sections))
 
 
-@rule(ops.gather.default)
+@rule(ops.gather.default, ops.gather_enter.default)
 def _gather_move(c: Call) -> Layout:
     a, dim, _, sections, _ = c.node.args
+    if c.node.target is ops.gather.default and c.layout(a) == D:  # counts of own rows, of all ranks
+        return R
     c.need(a, S(dim, tuple(sections)))
-    return R
+    return R if c.node.target is ops.gather.default else E

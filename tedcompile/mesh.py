@@ -1,8 +1,9 @@
 """The (dp, ep, tp) mesh: sizes for planning, process groups for running.
 
 Planning needs only integers (`MeshShape`); graphs name axes, never ranks or groups. `Groups` ties axis names to the
-process groups of one rank. Besides the three axes there is `data` = dp x ep, the ranks that bring their own batch
-(DeepSpeed-TED, arXiv 2303.06318, section 3: dense parameters are data-parallel over dp x ep, experts over dp).
+process groups of one rank. Besides the three axes there are `data` = dp x ep, the ranks that bring their own batch
+(DeepSpeed-TED, arXiv 2303.06318, section 3: dense parameters are data-parallel over dp x ep, experts over dp), and
+`ept` = ep x tp, the ranks that share out experts that are not split.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class MeshShape:
     tp: int = 1
 
     def __getitem__(self, axis: str) -> int:
-        return self.dp * self.ep if axis == "data" else getattr(self, axis)
+        joint = {"data": self.dp * self.ep, "ept": self.ep * self.tp}
+        return joint[axis] if axis in joint else getattr(self, axis)
 
     @property
     def world(self) -> int:
@@ -107,7 +109,7 @@ class Groups:
             else torch.device(mesh.device_type)
         )
         names = mesh.mesh_dim_names or ()
-        self.names = {axis: f"ted{serial or ''}_{axis}" for axis in (*AXES, "data", "world")}
+        self.names = {axis: f"ted{serial or ''}_{axis}" for axis in (*AXES, "data", "ept", "world")}
         self.rank: dict[str, int] = {}
         self.group: dict[str, dist.ProcessGroup] = {}
         self.host: dist.ProcessGroup | None = None
@@ -126,6 +128,13 @@ class Groups:
                     self.group["data"] = group
         elif self.shape["data"] > 1:
             self.group["data"] = self.group["dp" if self.shape.dp > 1 else "ep"]
+        if self.shape.ep > 1 and self.shape.tp > 1:
+            for ranks in self._along(("ep", "tp"), names):
+                group = dist.new_group(ranks)
+                if dist.get_rank() in ranks:
+                    self.group["ept"] = group
+        elif self.shape["ept"] > 1:
+            self.group["ept"] = self.group["ep" if self.shape.ep > 1 else "tp"]
         if self.shape.world > 1:
             ranks = sorted(itertools.chain(*rows))
             self.group["world"] = dist.group.WORLD if len(ranks) == dist.get_world_size() else dist.new_group(ranks)
@@ -134,6 +143,13 @@ class Groups:
             self.host = self.group["world"] if on_host else dist.new_group(ranks, backend="gloo")
         for axis, group in self.group.items():
             compat.register_group(self.names[axis], group)
+
+    def _along(self, axes: tuple[str, ...], names: tuple[str, ...]) -> list[list[int]]:
+        """The ranks of each group over some axes, in the order of the mesh."""
+        others = [i for i, n in enumerate(names) if n not in axes]
+        inner = [i for i, n in enumerate(names) if n in axes]
+        size = math.prod(self.mesh.mesh.shape[i] for i in inner)
+        return self.mesh.mesh.permute(*others, *inner).reshape(-1, size).tolist()
 
     @classmethod
     def of(cls, mesh: DeviceMesh) -> Groups:

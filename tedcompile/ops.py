@@ -157,6 +157,53 @@ def gather(x, dim, size, sections, axis):
     return ungather(out, dim, size, sections)
 
 
+@define(
+    "gather_enter(Tensor x, int dim, int size, int[] sections, str axis) -> Tensor",
+    _fake_gather,
+    (
+        _keep("dim", "size", "sections", "axis"),
+        lambda ctx, g: (ops.reduce_scatter(g, ctx.dim, ctx.size, ctx.sections, ctx.axis), None, None, None, None),
+    ),
+)
+def gather_enter(x, dim, size, sections, axis):
+    """S(dim) to E: enter(gather(x)). All-gather; the cotangents are partial, so the VJP is a reduce-scatter."""
+    return gather(x, dim, size, sections, axis)
+
+
+@define(
+    "reduce_scatter(Tensor x, int dim, int size, int[] sections, str axis) -> Tensor",
+    _fake_slice,
+    (
+        _keep("dim", "size", "sections", "axis"),
+        lambda ctx, g: (ops.gather(g, ctx.dim, ctx.size, ctx.sections, ctx.axis), None, None, None, None),
+    ),
+)
+def reduce_scatter(x, dim, size, sections, axis):
+    """P to S(dim): slice(all_reduce(x)). VJP: gather, for every rank's part of x has the whole cotangent."""
+    blocks = rank_major(x, dim, size, sections)
+    out = x.new_empty((blocks.shape[0] // size, *blocks.shape[1:]))
+    dist.reduce_scatter_tensor(out, blocks.contiguous(), group=group_of(axis))
+    return out
+
+
+def rank_major(x: Tensor, dim: int, size: int, sections: list[int]) -> Tensor:
+    """The inverse of `ungather`: the parts of all ranks, stacked on dim 0 as a collective takes them."""
+    if dim == 0 and not sections:
+        return x
+    parts = [s.chunk(size, dim) for s in x.split(_sections(x.shape[dim], sections), dim)]
+    return torch.cat([torch.cat(each, dim) if len(each) > 1 else each[0] for each in zip(*parts, strict=True)])
+
+
+@define(
+    "drop(Tensor x) -> Tensor",
+    same,
+    (lambda ctx, inputs, output: None, lambda ctx, g: g),
+)
+def drop(x):
+    """Asks for tokens (T, ...) as S(0): each rank keeps its own (TED's duplicate token dropping). Identity, planned."""
+    return x.clone()
+
+
 def ungather(out: Tensor, dim: int, size: int, sections: list[int]) -> Tensor:
     """Rank-major blocks, stacked on dim 0 as a collective delivers them, to one tensor whole on `dim`."""
     if dim == 0 and not sections:
@@ -199,14 +246,16 @@ def permute(x, index, experts):
     """Copies tokens into rows sorted by expert, stable in the token order.
 
     x (T, H), index (T, K) int, experts E -> rows (T*K, H), counts (E,) rows of each expert, perm (T, K) the row of each
-    slot, order (T*K,) the slot (t*K+k) of each row. VJP: a gather-sum over `perm`.
+    slot, order (T*K,) the slot (t*K+k) of each row. Slots with index -1 are no rows: they come last and no count has
+    them. VJP: a gather-sum over `perm`.
     """
     flat = index.reshape(-1)
+    flat = torch.where(flat < 0, experts, flat)
     order = torch.argsort(flat, stable=True)
     perm = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device)
+    counts = torch.zeros(experts + 1, dtype=torch.int64, device=flat.device)
     counts.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int64))
-    return x[order // index.shape[1]], counts, perm.view(index.shape), order
+    return x[order // index.shape[1]], counts[:experts].clone(), perm.view(index.shape), order
 
 
 @define(
@@ -365,9 +414,15 @@ def _save_all_to_all(ctx, inputs, output):
     (_save_all_to_all, _all_to_all_vjp),
 )
 def all_to_all(x, splits, axis):
-    """x (N, H) ordered by destination, splits (2, size) [to, from] -> (N', H). VJP: the counts swapped."""
+    """x (N, H) ordered by destination, splits (2, size) [to, from] -> (N', H). VJP: the counts swapped.
+
+    Rows of x beyond the counts are no rows (padding), and stay.
+    """
     to, from_ = splits.tolist()
-    out = x.new_empty(sum(from_), *x.shape[1:])
+    return _exchange(x[: sum(to)], x.new_empty(sum(from_), *x.shape[1:]), to, from_, axis)
+
+
+def _exchange(x: Tensor, out: Tensor, to: list[int], from_: list[int], axis: str) -> Tensor:
     dist.all_to_all_single(out, x.contiguous(), from_, to, group=group_of(axis))
     return out
 
@@ -383,8 +438,79 @@ def _all_to_all_like_vjp(ctx, g):
     (_save_all_to_all, _all_to_all_like_vjp),
 )
 def all_to_all_like(x, splits, like, axis):
-    """`all_to_all` whose result has as many rows as `like`: the way back, whose size is known."""
-    return all_to_all(x, splits, axis)
+    """`all_to_all` whose result has as many rows as `like`: the way back, whose size is known. Padding gets zeros."""
+    to, from_ = splits.tolist()
+    out, got = x.new_empty(like.shape[0], *x.shape[1:]), sum(from_)
+    _exchange(x[: sum(to)], out[:got], to, from_, axis)
+    out[got:] = 0
+    return out
+
+
+@define(
+    "row_sizes(Tensor received, int size) -> Tensor",
+    lambda received, size: torch.empty(size, dtype=torch.int64),
+)
+def row_sizes(received, size):
+    """received (size*R, n): what R sources sent to each of `size` ranks for n experts -> (size,) rows, on the host."""
+    return received.view(size, -1).sum(1).cpu()
+
+
+def _save_rows(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.axis = inputs[-1]
+
+
+def _fake_gather_rows(x, sizes, axis):
+    return x.new_empty((torch.library.get_ctx().new_dynamic_size(), *x.shape[1:]))
+
+
+@define(
+    "gather_rows(Tensor x, Tensor sizes, str axis) -> Tensor",
+    _fake_gather_rows,
+    (
+        _save_rows,
+        lambda ctx, g: (ops.scatter_rows(g, ctx.saved_tensors[1], ctx.saved_tensors[0], ctx.axis), None, None),
+    ),
+)
+def gather_rows(x, sizes, axis):
+    """D to E: own rows x (n, H), sizes (size,) of all ranks -> all ranks' rows, in rank order. VJP: `scatter_rows`."""
+    counts = sizes.tolist()
+    own = x[: counts[index_in(axis)]]
+    out = x.new_empty(sum(counts), *x.shape[1:])
+    return _exchange(torch.cat([own] * len(counts)), out, [own.shape[0]] * len(counts), counts, axis)
+
+
+@define(
+    "gather_rows_like(Tensor x, Tensor sizes, Tensor like, str axis) -> Tensor",
+    lambda x, sizes, like, axis: x.new_empty((like.shape[0], *x.shape[1:])),
+)
+def gather_rows_like(x, sizes, like, axis):
+    """`gather_rows` whose result has as many rows as `like`."""
+    return gather_rows(x, sizes, axis)
+
+
+def _scatter_rows_vjp(ctx, g):
+    y, sizes = ctx.saved_tensors
+    return ops.gather_rows_like(g, sizes, y, ctx.axis), None, None, None
+
+
+@define(
+    "scatter_rows(Tensor y, Tensor sizes, Tensor like, str axis) -> Tensor",
+    lambda y, sizes, like, axis: y.new_empty((like.shape[0], *y.shape[1:])),
+    (_save_rows, _scatter_rows_vjp),
+)
+def scatter_rows(y, sizes, like, axis):
+    """P to D: partial y (N, H) of all ranks' rows -> (n, H), own rows' sums; `like` gives n. VJP: `gather_rows`.
+
+    A reduce-scatter of unequal parts: an all-to-all, and a sum in rank order, so that it is deterministic.
+    """
+    counts = sizes.tolist()
+    own, size = counts[index_in(axis)], len(counts)
+    parts = _exchange(y, y.new_empty(size * own, *y.shape[1:]), counts, [own] * size, axis)
+    out = y.new_empty(like.shape[0], *y.shape[1:])
+    out[:own] = parts.view(size, own, *y.shape[1:]).sum(0)
+    out[own:] = 0
+    return out
 
 
 @define(

@@ -19,6 +19,7 @@ from tedcompile.options import Options
 from tedcompile.passes import (
     causal_mask,
     check,
+    drop_duplicates,
     functionalise,
     randomness,
     recognise_sorted,
@@ -30,7 +31,8 @@ from tedcompile.passes import (
 # ted op -> the kind of collective that a reader knows
 KINDS = {
     "all_reduce": "all_reduce", "all_max": "all_reduce", "gather": "all_gather", "exchange_counts": "all_to_all",
-    "all_to_all": "all_to_all", "all_to_all_like": "all_to_all",
+    "all_to_all": "all_to_all", "all_to_all_like": "all_to_all", "gather_enter": "all_gather",
+    "reduce_scatter": "reduce_scatter", "gather_rows": "all_gather", "scatter_rows": "reduce_scatter",
 }  # fmt: skip
 
 FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
@@ -38,6 +40,7 @@ FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("recognise_sorted", recognise_sorted.run),
     ("causal_mask", causal_mask.run),
     ("expand_random", randomness.expand),
+    ("drop_duplicates", drop_duplicates.run),
     ("shard_tensors", shard_tensors.run),
     ("shard_experts", shard_experts.run),
     ("randomness", randomness.run),

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from tedcompile import layouts
 from tedcompile.capture import module_path, source_line
-from tedcompile.layouts import Call, E, Layout, NoRule, R, S, Sections, aten, shape
+from tedcompile.layouts import Call, D, E, Layout, NoRule, R, S, Sections, Whole, aten, shape
 from tedcompile.ops import ops
 
 # ops a weight may pass on its way to the product that decides its layout
@@ -111,6 +111,9 @@ class _Planner:
             if row and sharded and origin and normed >= origin and not origin <= set(self.fixed):
                 raise NoRule("its normalised result is a product's input")
             result = layouts.apply(call)
+        except Whole as wrong:
+            wrong.dispatch.experts = "whole"
+            raise _Retry from None
         except Sections as fused:
             weights = [w for w in origin if w not in self.fixed and _key(w) not in self.sections]
             if not weights:
@@ -187,12 +190,12 @@ class _Planner:
             call.assigned.add(weight)
             return True
         for dim in range(len(shape(weight))):
-            trial: dict[Node, Any] = {**{n: R for n in a.all_input_nodes}, weight: S(dim, layout.sections)}
+            trial: dict[Node, Any] = {weight: S(dim, layout.sections)}
             calls: dict[Node, Call] = {}
             try:
                 for n in chain:
                     for other in n.all_input_nodes:
-                        trial.setdefault(other, R)
+                        trial.setdefault(other, self.plan.layouts.get(other, R))
                     calls[n] = Call(n, trial, self.tp)
                     trial[n] = layouts.apply(calls[n])
             except (NoRule, Sections):
@@ -213,7 +216,7 @@ class _Planner:
         """Tokens enter before they are copied to rows, so that T rows of gradient are summed and not T*K."""
         plan = self.plan
         for node in self.graph.nodes:
-            if node.target is not ops.permute.default:
+            if node.target is not ops.permute.default or plan.layouts[node][0] == D:
                 continue
             rows = [g for g in node.users if g.args[1] == 0]
             readers = [u for g in rows for u in g.users if not (u.target is ops.per_expert.default and u.args[2] is g)]

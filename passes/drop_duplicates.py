@@ -1,0 +1,91 @@
+"""Duplicate token dropping: each tensor-parallel rank dispatches its own 1/tp of the tokens.
+
+Before:  rows, counts, perm, order = permute(x, index, E);  y = body(rows, counts);  out = unpermute(y, perm, order, w)
+After:   rows, counts, perm, order = permute(drop(x), drop(index), E)
+         y = body(rows, counts);  out = unpermute(y, perm, order, drop(w))
+
+All tp ranks hold the same tokens, so an all-to-all over ep would carry each row tp times (DeepSpeed-TED, arXiv
+2303.06318, section 5.1). `drop` asks for tokens split over tp; `shard_tensors` then slices before the dispatch, gathers
+the rows of all tp ranks where experts are split over tp, and gathers T tokens, not T*K rows, after the combine.
+Where tp does not divide T, tokens of index -1 are added: they are no rows and reach no expert.
+
+Needs: canonical MoE ops, before layouts. Leaves true: `meta["dispatch"]` on the ops of a block, with the experts' plan.
+Leaves alone: blocks that are not dispatched (`shard_experts.refusal`).
+"""
+
+from __future__ import annotations
+
+from torch.fx import Graph, GraphModule, Node
+
+from tedcompile import graphs
+from tedcompile.layouts import Dispatch, aten, shape
+from tedcompile.ops import ops
+from tedcompile.passes import shard_experts
+from tedcompile.passes.shard_experts import Block
+
+
+def run(gm: GraphModule, ctx) -> None:
+    tp, ep = ctx.shape.tp, ctx.shape.ep
+    if tp == 1:
+        return
+    for node in list(gm.graph.nodes):
+        if node.target is not ops.permute.default:
+            continue
+        block = Block.of(gm, node)
+        experts = _experts(ctx, block)
+        ranks = ep * tp if experts == "folded" else ep
+        if ranks > 1 and not shard_experts.refusal(gm, block, ranks, ctx):
+            _drop(gm.graph, block, tp, Dispatch(experts))
+
+
+def _experts(ctx, block: Block) -> str:
+    """Where the experts are: as an earlier signature has laid them out, or as the plan says, where that can be."""
+    layouts = [ctx.fixed[w].dim for w in block.weights if ctx.fixed and ctx.fixed[w].kind == "S"]
+    if ctx.decided is not None:
+        return "folded" if layouts and set(layouts) == {0} else "tensor" if layouts else "whole"
+    if ctx.options.plan.get("experts") == "folded" and block.experts % (ctx.shape.ep * ctx.shape.tp) == 0:
+        return "folded"
+    return "tensor"
+
+
+def _drop(graph: Graph, block: Block, tp: int, dispatch: Dispatch) -> None:
+    permute = block.permute
+    tokens, slots = shape(permute.args[1])
+    pad = -tokens % tp
+
+    def own(a: Node, like: Node, each: int = 1, value: float = 0) -> Node:
+        """`a`, `each` entries for each token, with padding, as this rank's part."""
+        with graph.inserting_before(like):
+            if pad:
+                zeros = [0] * (2 * (len(shape(a)) - 1))
+                a = graphs.call(graph, aten.constant_pad_nd.default, (a, [*zeros, 0, pad * each], value), like)
+            return graphs.call(graph, ops.drop.default, (a,), like)
+
+    x, index, experts = permute.args
+    permute.args = (own(x, permute), own(index, permute, value=-1), experts)
+    for take in block.enters[1:]:
+        take.args = (own(take.args[0], take, slots), *take.args[1:])
+    for leave in block.leaves:
+        if leave.target is ops.unpermute.default:
+            leave.args = (*leave.args[:3], own(leave.args[3], leave))
+    if pad:
+        _resize(graph, block, tokens * slots, (tokens + pad) * slots)
+        for leave in block.leaves:
+            count = shape(leave)[0] - (pad * slots if leave.target is ops.take.default else pad)
+            with graph.inserting_after(leave):
+                kept = graph.call_function(aten.slice.Tensor, (leave, 0, 0, count))
+            leave.replace_all_uses_with(kept, delete_user_cb=lambda u: u is not kept)  # noqa: B023
+            kept.meta = {k: leave.meta[k] for k in graphs.KEPT if k in leave.meta}
+            kept.meta["val"] = graphs.value_of(kept)
+    for node in (permute, *block.leaves, *block.body):
+        node.meta["dispatch"] = dispatch
+
+
+def _resize(graph: Graph, block: Block, old: int, new: int) -> None:
+    """The values of a block anew, with padding: sizes of arguments that are the number of rows change with it."""
+    inside = {block.permute, *block.outputs.values(), *block.enters, *block.body, *block.leaves}
+    for node in graph.nodes:
+        if node in inside:
+            if node.target in shard_experts.SIZED and old in node.args[1]:
+                node.args = (node.args[0], [new if s == old else s for s in node.args[1]])
+            node.meta["val"] = graphs.value_of(node)
