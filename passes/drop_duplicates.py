@@ -83,7 +83,7 @@ def _drop(graph: Graph, block: Block, tp: int, dispatch: Dispatch) -> None:
 
 def _resize(graph: Graph, block: Block, old: int, new: int) -> None:
     """The values of a block anew, with padding: sizes of arguments that are the number of rows change with it."""
-    inside = {block.permute, *block.outputs.values(), *block.enters, *block.body, *block.leaves}
+    inside = {block.permute, *block.outputs.values(), *block.maps, *block.enters, *block.body, *block.leaves}
     for node in graph.nodes:
         if node in inside:
             if node.target in shard_experts.SIZED and old in node.args[1]:

@@ -44,6 +44,7 @@ class Block:
     permute: Node
     experts: int
     outputs: dict[int, Node]
+    maps: list[Node]  # its perm and order, and views of them
     enters: list[Node]
     leaves: list[Node]
     body: list[Node]  # all that is made of the rows
@@ -55,12 +56,12 @@ class Block:
     def of(gm: GraphModule, node: Node) -> Block:
         out = {u.args[1]: u for u in node.users if u.target is operator.getitem}
         rows, counts = out.get(0), out.get(1)
-        block = Block(node, node.args[2], out, [], [], [], [], [], "")
+        block = Block(node, node.args[2], out, [], [], [], [], [], [], "")
         if rows is None or counts is None:
             block.stray = "its rows are not used"
             return block
-        maps = {out[i] for i in (2, 3) if i in out}
-        maps |= {u for m in maps for u in m.users if u.target in (aten.view.default, aten.reshape.default)}
+        maps = block.maps = [out[i] for i in (2, 3) if i in out]
+        maps += [u for m in maps for u in m.users if u.target in (aten.view.default, aten.reshape.default)]
         mapped = [u for m in maps for u in m.users if u.target in LEAVE and u.args[1] is m]
         taken = [u for u in mapped if u.target is ops.take.default and u.args[1] is out.get(3)]
         block.enters = [rows, *taken]

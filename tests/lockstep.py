@@ -21,6 +21,7 @@ from tedcompile.capture import Captured, capture
 from tedcompile.layouts import Layout
 from tedcompile.mesh import AXES, MeshShape
 from tedcompile.ops import ops
+from tedcompile.options import Options
 from tedcompile.pipeline import Context
 
 
@@ -44,9 +45,9 @@ def after(
     return gm, ctx
 
 
-def distributed(module: nn.Module, kwargs: dict[str, Any], mesh: MeshShape) -> tuple[GraphModule, Context]:
+def distributed(module: nn.Module, kwargs: dict[str, Any], mesh: MeshShape, **options) -> tuple[GraphModule, Context]:
     """The distributed forward graph of a module, by all forward passes."""
-    ctx = Context(mesh)
+    ctx = Context(mesh, options=Options.of(**options))
     return pipeline.run_forward(captured(module.train(), kwargs), ctx), ctx
 
 
@@ -117,10 +118,27 @@ def _whole(xs, dim, size, sections, axis):
     return [unshard(xs, dim, sections)] * len(xs)
 
 
-def _travel(xs, splits, *_):
-    """splits: of each rank, (2, size): rows to and from each rank."""
-    pieces = [x.split(s[0].tolist()) for x, s in zip(xs, splits)]
-    return [torch.cat([p[i] for p in pieces]) for i in range(len(xs))]
+def _scattered(xs, dim, size, sections, axis):
+    return _split([sum(xs)] * len(xs), dim, size, sections, axis)
+
+
+def _padded(x: Tensor, number: int | None) -> Tensor:
+    """With zeros to so many rows."""
+    return x if number is None else torch.cat([x, x.new_zeros(number - x.shape[0], *x.shape[1:])])
+
+
+def _travel(xs, splits, lengths=None, *_):
+    """splits: of each rank, (2, size): rows to and from each rank; lengths: of the results, with padding."""
+    pieces = [x[: int(s[0].sum())].split(s[0].tolist()) for x, s in zip(xs, splits)]
+    return [_padded(torch.cat([p[i] for p in pieces]), lengths and lengths[i]) for i in range(len(xs))]
+
+
+def _all_rows(xs, sizes, *_):
+    return [torch.cat([x[:n] for x, n in zip(xs, sizes)])] * len(xs)
+
+
+def _own_sums(xs, sizes, lengths):
+    return [_padded(part, n) for part, n in zip(sum(xs).split(sizes), lengths)]
 
 
 COLLECTIVES = {
@@ -129,8 +147,11 @@ COLLECTIVES = {
     ops.all_max.default: _joint(lambda xs, *_: [torch.stack(xs).amax(0)] * len(xs), lambda gs, *_: [None] * len(gs)),
     ops.slice.default: _joint(_split, _whole),
     ops.gather.default: _joint(_whole, _split),
+    ops.gather_enter.default: _joint(_whole, _scattered),
+    ops.reduce_scatter.default: _joint(_scattered, _whole),
 }
-TRAVEL = _joint(_travel, lambda gs, splits, *_: _travel(gs, [s.flip(0) for s in splits]))
+TRAVEL = _joint(_travel, lambda gs, splits, lengths, sent: _travel(gs, [s.flip(0) for s in splits], sent))
+GATHER_ROWS, SCATTER_ROWS = _joint(_all_rows, _own_sums), _joint(_own_sums, _all_rows)
 
 
 class Ranks:
@@ -143,7 +164,7 @@ class Ranks:
         monkeypatch.setattr(ted, "index_in", lambda axis: int(axis))
 
     def groups(self, axis: str) -> list[list[int]]:
-        along = ("dp", "ep") if axis == "data" else (axis,)
+        along = {"data": ("dp", "ep"), "ept": ("ep", "tp")}.get(axis, (axis,))
         found: dict[tuple, list[int]] = {}
         for r, at in enumerate(self.at):
             found.setdefault(tuple(v for k, v in at.items() if k not in along), []).append(r)
@@ -201,7 +222,16 @@ class Ranks:
                 sent = torch.stack([args[r][0] for r in group]).view(len(group), len(group), -1)  # (from, to, experts)
                 made = list(sent.transpose(0, 1))
             elif target in (ops.all_to_all.default, ops.all_to_all_like.default):
-                made = TRAVEL(([args[r][1] for r in group],), *(args[r][0] for r in group))
+                xs, splits = [args[r][0] for r in group], [args[r][1] for r in group]
+                back = target is ops.all_to_all_like.default
+                lengths = [args[r][2].shape[0] for r in group] if back else None
+                made = TRAVEL((splits, lengths, [x.shape[0] for x in xs]), *xs)
+            elif target is ops.gather_rows.default:
+                xs = [args[r][0] for r in group]
+                made = GATHER_ROWS((args[group[0]][1].tolist(), [x.shape[0] for x in xs]), *xs)
+            elif target is ops.scatter_rows.default:
+                lengths = [args[r][2].shape[0] for r in group]
+                made = SCATTER_ROWS((args[group[0]][1].tolist(), lengths), *(args[r][0] for r in group))
             else:
                 return None
             for r, y in zip(group, made):

@@ -226,7 +226,7 @@ def test_rule(name, monkeypatch):
 
 
 def test_every_move_has_its_layouts():
-    kinds = {"R", "E", "S", "P"}
+    kinds = {"R", "E", "S", "P", "D"}
     assert {k for move in MOVES for k in move} == kinds
     # an entered value's cotangent is lost when it is read as anything else
     assert not any(have == "E" for have, _ in MOVES)

@@ -1,0 +1,81 @@
+"""Duplicate token dropping: fewer rows travel, and values and gradients stay those of the plain module (fp64)."""
+
+import pytest
+import torch
+
+from tedcompile import pipeline
+from tedcompile.mesh import MeshShape
+from tedcompile.ops import ops
+from tests.lockstep import distributed, parity, placements, targets
+from tests.passes.test_shard_experts import SKEWS, Experts, H, batches
+
+FOLDED = dict(plan={"experts": "folded"})
+MESHES = [MeshShape(ep=2, tp=2), MeshShape(ep=2, tp=4), MeshShape(dp=2, ep=2, tp=2)]  # 6 tokens: tp=4 needs padding
+
+
+def sums(self, x, y, perm, order, weights):
+    """The combine as hand-written models have it: rows scaled, then added to their tokens."""
+    scaled = y * ops.take(weights.reshape(-1), order, perm.reshape(-1))[:, None]
+    return x + ops.gather_sum(scaled, perm, order)
+
+
+def slots(self, x, y, perm, order, weights):
+    back = ops.take(y, perm.reshape(-1), order).view(*weights.shape, H)
+    return x + (back * weights[..., None]).sum(1)
+
+
+def normed(self, x, y, perm, order, weights):
+    """Not linear after the second product: partial sums cannot wait for the way back."""
+    return x + ops.unpermute(y / (1 + y.square().mean(-1, keepdim=True)), perm, order, weights)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("skew", SKEWS.values(), ids=SKEWS)
+@pytest.mark.parametrize("options", [{}, FOLDED], ids=["tensor", "folded"])
+def test_parity(mesh, skew, options, monkeypatch):
+    experts = 4 if mesh.tp == 2 else 8
+    skew = None if skew is None else torch.tensor(skew * (experts // 4), dtype=torch.float64)
+    data = batches(mesh["data"], skew, experts)
+    graph = distributed(Experts(experts=experts), data[0], mesh, **options)
+    gm = parity(Experts(experts=experts), data, mesh, monkeypatch, graph)
+    assert "ted::drop" not in targets(gm)
+    (there,) = [n for n in gm.graph.nodes if n.target is ops.all_to_all.default]
+    assert str(there.meta["layout"]) == "D"
+
+
+@pytest.mark.parametrize("combine", [sums, slots, normed])
+@pytest.mark.parametrize("options", [{}, FOLDED], ids=["tensor", "folded"])
+@pytest.mark.parametrize("mesh", [MeshShape(ep=2, tp=2), MeshShape(ep=1, tp=4), MeshShape(ep=2, tp=4)], ids=str)
+def test_every_combine(combine, options, mesh, monkeypatch):
+    data = batches(mesh.ep, experts=8)
+    graph = distributed(Experts(combine, experts=8), data[0], mesh, **options)
+    parity(Experts(combine, experts=8), data, mesh, monkeypatch, graph)
+
+
+def test_folded_experts_are_whole():
+    gm, _ = distributed(Experts(), batches(1)[0], MeshShape(ep=2, tp=2), **FOLDED)
+    assert placements(gm) == {n: {"tp": "S(0)", "ep": "S(0)"} for n in ("up", "up_bias", "down", "down_bias")}
+    assert "ted::gather_rows" not in targets(gm)
+
+
+def test_experts_that_do_not_fold_are_split_inside():
+    gm, _ = distributed(Experts(experts=6), batches(1, experts=6)[0], MeshShape(ep=2, tp=2), **FOLDED)
+    assert placements(gm)["up"] == {"tp": "S(2 of 8+8)", "ep": "S(0)"}
+
+
+def test_what_cannot_wait_for_the_sum_is_computed_on_own_rows():
+    gm, _ = distributed(Experts(normed), batches(1)[0], MeshShape(ep=2, tp=2))
+    assert placements(gm)["up"] == {"ep": "S(0)"}
+    assert "ted::gather_rows" not in targets(gm)
+
+
+def test_the_tokens_are_gathered_once_and_not_their_rows():
+    gm, _ = distributed(Experts(), batches(1)[0], MeshShape(ep=2, tp=2))
+    gathers = [n for n in gm.graph.nodes if n.target is ops.gather.default and n.meta["val"].is_floating_point()]
+    assert [tuple(n.meta["val"].shape) for n in gathers] == [(6, H)]
+
+
+def test_off():
+    gm, ctx = distributed(Experts(), batches(1)[0], MeshShape(ep=2, tp=2), off=["drop_duplicates"])
+    assert "drop_duplicates" not in [r.name for r in ctx.records]
+    assert pipeline.collectives(gm)["all_gather"] == 0
