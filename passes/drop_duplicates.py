@@ -9,8 +9,7 @@ All tp ranks hold the same tokens, so an all-to-all over ep would carry each row
 the rows of all tp ranks where experts are split over tp, and gathers T tokens, not T*K rows, after the combine.
 Where tp does not divide T, tokens of index -1 are added: they are no rows and reach no expert.
 
-Needs: canonical MoE ops, before layouts. Leaves true: `meta["dispatch"]` on the ops of a block, with the experts' plan.
-Leaves alone: blocks that are not dispatched (`shard_experts.refusal`).
+Needs: canonical MoE ops, before layouts, and the plan of each block (`plan_dispatch`).
 """
 
 from __future__ import annotations
@@ -18,37 +17,19 @@ from __future__ import annotations
 from torch.fx import Graph, GraphModule, Node
 
 from tedcompile import graphs
-from tedcompile.layouts import Dispatch, aten, shape
+from tedcompile.blocks import Block
+from tedcompile.layouts import aten, shape
 from tedcompile.ops import ops
 from tedcompile.passes import shard_experts
-from tedcompile.passes.shard_experts import Block
 
 
 def run(gm: GraphModule, ctx) -> None:
-    tp, ep = ctx.shape.tp, ctx.shape.ep
-    if tp == 1:
-        return
     for node in list(gm.graph.nodes):
-        if node.target is not ops.permute.default:
-            continue
-        block = Block.of(gm, node)
-        experts = _experts(ctx, block)
-        ranks = ep * tp if experts == "folded" else ep
-        if ranks > 1 and not shard_experts.refusal(gm, block, ranks, ctx):
-            _drop(gm.graph, block, tp, Dispatch(experts))
+        if node.target is ops.permute.default and "dispatch" in node.meta and node.meta["dispatch"].drop:
+            _drop(gm.graph, Block.of(gm, node), ctx.shape.tp)
 
 
-def _experts(ctx, block: Block) -> str:
-    """Where the experts are: as an earlier signature has laid them out, or as the plan says, where that can be."""
-    layouts = [ctx.fixed[w].dim for w in block.weights if ctx.fixed and ctx.fixed[w].kind == "S"]
-    if ctx.decided is not None:
-        return "folded" if layouts and set(layouts) == {0} else "tensor" if layouts else "whole"
-    if ctx.options.plan.get("experts") == "folded" and block.experts % (ctx.shape.ep * ctx.shape.tp) == 0:
-        return "folded"
-    return "tensor"
-
-
-def _drop(graph: Graph, block: Block, tp: int, dispatch: Dispatch) -> None:
+def _drop(graph: Graph, block: Block, tp: int) -> None:
     permute = block.permute
     tokens, slots = shape(permute.args[1])
     pad = -tokens % tp
@@ -77,8 +58,6 @@ def _drop(graph: Graph, block: Block, tp: int, dispatch: Dispatch) -> None:
             leave.replace_all_uses_with(kept, delete_user_cb=lambda u: u is not kept)  # noqa: B023
             kept.meta = {k: leave.meta[k] for k in graphs.KEPT if k in leave.meta}
             kept.meta["val"] = graphs.value_of(kept)
-    for node in (permute, *block.leaves, *block.body):
-        node.meta["dispatch"] = dispatch
 
 
 def _resize(graph: Graph, block: Block, old: int, new: int) -> None:

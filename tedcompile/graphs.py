@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +37,16 @@ def call(graph: Graph, target: Any, args: tuple, like: Node, val: Any = None) ->
     node.meta["val"] = value_of(node) if val is None else val
     set_facts(node)
     return node
+
+
+@contextlib.contextmanager
+def after(graph: Graph, node: Node) -> Iterator[None]:
+    """New nodes follow `node` in the order they are made."""
+    with graph.inserting_after(node):
+        marker = graph.call_function(operator.add, (1, 1))
+    with graph.inserting_before(marker):
+        yield
+    graph.erase_node(marker)
 
 
 def emit(graph: Graph, function: Callable, args: tuple, kwargs: dict, like: Node) -> Node:

@@ -75,14 +75,23 @@ MOVES: dict[tuple[str, str], tuple[str, ...]] = {
 
 @dataclass
 class Dispatch:
-    """How the rows of one `permute` whose tokens are dropped meet their experts: `meta["dispatch"]` of its ops.
+    """How the tokens of one `permute` meet their experts: `meta["dispatch"]` of its ops.
 
     tensor: experts are split over tp, and the rows of all tp ranks are gathered for them (TED's expert tensor
     parallelism). folded: experts are whole, spread over ep x tp ranks. whole: experts are replicated over tp, and each
     tp rank computes its own rows.
+    kind: what travels over ep. all_to_all: T*K rows. dedup: a token once to each rank that holds any of its experts.
+    all_gather: all tokens to all ranks, and partial sums back by reduce-scatter.
     """
 
     experts: str = "tensor"
+    kind: str = "all_to_all"
+    drop: bool = False
+
+    @property
+    def axis(self) -> str:
+        """The ranks among which the experts are shared out."""
+        return "ept" if self.experts == "folded" else "ep"
 
 
 class NoRule(Exception):
@@ -172,7 +181,8 @@ OWN_ROWS = {
     ops.permute.default, ops.unpermute.default, ops.gather_sum.default, ops.grouped_mm.default, ops.per_expert.default,
     ops.take.default, ops.regroup.default, ops.exchange_counts.default, ops.splits.default, ops.row_sizes.default,
     ops.all_to_all.default, ops.all_to_all_like.default, ops.gather_rows.default, ops.scatter_rows.default,
-    ops.gather.default,
+    ops.gather.default, ops.gather_enter.default, ops.reduce_scatter.default, ops.select.default,
+    ops.unpermute_some.default, ops.gather_sum_some.default, ops.spread.default, ops.localize.default,
 }  # fmt: skip
 
 
@@ -936,7 +946,7 @@ def _drop(c: Call) -> Layout:
 @rule(ops.gather_rows.default)
 def _gather_rows(c: Call) -> Layout:
     c.need(c.node.args[0], D)
-    return E
+    return E if val(c.node.args[0]).is_floating_point() else R
 
 
 @rule(ops.scatter_rows.default)
@@ -999,9 +1009,66 @@ def _all_max(c: Call) -> Layout:
     return R
 
 
+@rule(ops.select.default)
+def _select_rows(c: Call) -> Any:
+    x, index = c.layout(c.node.args[0]), c.layout(c.node.args[1])
+    if index == R:
+        return (x, R, R, R)
+    if (x, index) not in ((S(0), S(0)), (D, D), (E, D)):
+        raise NoRule(f"tokens as {x} with experts as {index}")
+    return (D, D, D, D)
+
+
+@rule(ops.unpermute_some.default)
+def _unpermute_some(c: Call) -> Layout:
+    rows, perm, _, weights = c.node.args
+    layout = c.layout(rows)
+    if c.layout(perm) == D:  # of own tokens, or what this rank's experts add to all tokens
+        return D if c.layout(weights) == D else P
+    if layout.kind != "R":
+        c.need(weights, E)
+    return layout
+
+
+@rule(ops.gather_sum_some.default)
+def _gather_sum_some(c: Call) -> Layout:
+    return S(0) if c.layout(c.node.args[1]) == D else c.layout(c.node.args[0])
+
+
+@rule(ops.spread.default)
+def _spread(c: Call) -> Layout:
+    x, perm, _ = c.node.args
+    if c.layout(perm) == D:
+        c.need(x, S(0))
+        return D
+    return c.layout(x)
+
+
+@rule(ops.destinations.default)
+def _destinations(c: Call) -> Layout:
+    return c.layout(c.node.args[0])
+
+
+@rule(ops.localize.default)
+def _localize(c: Call) -> Layout:
+    return D if c.node.args[2] == "ept" else c.layout(c.node.args[0])
+
+
+def _over_data(c: Call) -> Layout:
+    """Moves over ep leave a value where it is over tp; own tokens of several data ranks are in no order of theirs."""
+    layout = c.layout(c.node.args[0])
+    back = c.node.target is ops.reduce_scatter.default
+    if c.node.args[-1] == "ep":
+        return {S(0): S(0) if back else D, D: S(0) if back else D}.get(layout, layout)
+    c.need(c.node.args[0], P if back else S(0))
+    return S(0) if back else R if c.node.target is ops.gather.default else E
+
+
 @rule(ops.slice.default, ops.reduce_scatter.default)
 def _slice_move(c: Call) -> Layout:
     a, dim, _, sections, _ = c.node.args
+    if c.node.args[-1] != "tp":
+        return _over_data(c)
     c.need(a, R if c.node.target is ops.slice.default else P)
     return S(dim, tuple(sections))
 
@@ -1009,7 +1076,9 @@ def _slice_move(c: Call) -> Layout:
 @rule(ops.gather.default, ops.gather_enter.default)
 def _gather_move(c: Call) -> Layout:
     a, dim, _, sections, _ = c.node.args
-    if c.node.target is ops.gather.default and c.layout(a) == D:  # counts of own rows, of all ranks
-        return R
+    if c.node.args[-1] != "tp":
+        return _over_data(c)
+    if c.layout(a) == D:  # own counts or own tokens of all ranks
+        return R if c.node.target is ops.gather.default else E
     c.need(a, S(dim, tuple(sections)))
     return R if c.node.target is ops.gather.default else E

@@ -290,6 +290,109 @@ def unpermute(rows, perm, order, weights):
     return (rows[perm] * weights[..., None]).sum(1)
 
 
+def _picked(rows: Tensor, perm: Tensor) -> Tensor:
+    """rows (N, H), perm (T, K) -> (T, K, H); zeros where perm is -1."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros(*perm.shape, *rows.shape[1:])
+    return rows[perm.clamp(min=0)] * (perm >= 0)[..., None].to(rows.dtype)
+
+
+def _fake_select(x, index, experts):
+    n = torch.library.get_ctx().new_dynamic_size()
+    return (
+        x.new_empty(n, x.shape[1]),
+        index.new_empty(experts, dtype=torch.int64),
+        index.new_empty(tuple(index.shape), dtype=torch.int64),
+        index.new_empty(n, dtype=torch.int64),
+    )
+
+
+@define(
+    "select(Tensor x, Tensor index, int experts) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_select,
+    (
+        lambda ctx, inputs, output: ctx.save_for_backward(*output[2:]),
+        lambda ctx, rows, counts, perm, order: (ops.gather_sum_some(rows, *ctx.saved_tensors), None, None),
+    ),
+)
+def select(x, index, experts):
+    """`permute` without the slots of index -1: rows (N, H) are as many as have an expert; perm is -1 for the others."""
+    rows, counts, perm, order = permute(x, index, experts)
+    number = int(counts.sum())
+    return rows[:number].clone(), counts, torch.where(index < 0, -1, perm), order[:number].clone()
+
+
+@define(
+    "gather_sum_some(Tensor rows, Tensor perm, Tensor order) -> Tensor",
+    lambda rows, perm, order: rows.new_empty(perm.shape[0], rows.shape[1]),
+    (
+        lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
+        lambda ctx, g: (g[ctx.saved_tensors[1] // ctx.saved_tensors[0].shape[1]], None, None),
+    ),
+)
+def gather_sum_some(rows, perm, order):
+    """`gather_sum` over the slots whose perm is not -1."""
+    return _picked(rows, perm).sum(1)
+
+
+def _unpermute_some_vjp(ctx, g):
+    rows, perm, order, weights = ctx.saved_tensors
+    grad_rows = g[order // perm.shape[1]] * weights.reshape(-1)[order, None].to(g.dtype)
+    return grad_rows.to(rows.dtype), None, None, ops.slot_products(rows, perm, g).to(weights.dtype)
+
+
+@define(
+    "slot_products(Tensor rows, Tensor perm, Tensor g) -> Tensor",
+    lambda rows, perm, g: g.new_empty(tuple(perm.shape)),
+)
+def slot_products(rows, perm, g):
+    """rows (N, H), perm (T, K), g (T, H) -> (T, K): each slot's row times its token's g, zero where perm is -1."""
+    return (_picked(rows, perm) * g[:, None]).sum(-1)
+
+
+@define(
+    "unpermute_some(Tensor rows, Tensor perm, Tensor order, Tensor weights) -> Tensor",
+    lambda rows, perm, order, weights: rows.new_empty(
+        (perm.shape[0], rows.shape[1]), dtype=torch.promote_types(rows.dtype, weights.dtype)
+    ),
+    (_save, _unpermute_some_vjp),
+)
+def unpermute_some(rows, perm, order, weights):
+    """`unpermute` over the slots whose perm is not -1: of each token what its experts here make of it."""
+    return (_picked(rows, perm) * weights[..., None]).sum(1)
+
+
+@define(
+    "spread(Tensor x, Tensor perm, Tensor order) -> Tensor",
+    lambda x, perm, order: x.new_empty((order.shape[0], *x.shape[1:])),
+    (
+        lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
+        lambda ctx, g: (ops.gather_sum_some(g, *ctx.saved_tensors), None, None),
+    ),
+)
+def spread(x, perm, order):
+    """x (T, ...), perm (T, K), order (N,) -> (N, ...): each row its token's entry."""
+    return x[order // perm.shape[1]]
+
+
+@define(
+    "destinations(Tensor index, int n, int size) -> Tensor",
+    lambda index, n, size: index.new_empty(index.shape[0], size),
+)
+def destinations(index, n, size):
+    """index (T, K) of experts, n on each of `size` ranks -> (T, size): d at d where a token has an expert there."""
+    ranks = torch.arange(size, device=index.device)
+    there = (torch.where(index < 0, -1, index // n)[..., None] == ranks).any(1)
+    return torch.where(there, ranks, -1).to(index.dtype)
+
+
+@define("localize(Tensor index, int n, str axis) -> Tensor", lambda index, n, axis: torch.empty_like(index))
+def localize(index, n, axis):
+    """index (..., K) of experts, n on each rank -> their numbers on this rank, -1 for those of other ranks."""
+    local = index - index_in(axis) * n
+    return torch.where((local >= 0) & (local < n) & (index >= 0), local, -1)
+
+
 @define(
     "take(Tensor x, Tensor order, Tensor inverse) -> Tensor",
     lambda x, order, inverse: x.new_empty((order.shape[0], *x.shape[1:])),

@@ -49,6 +49,14 @@ SLOW_IMPORTS = [
 ]
 
 
+# options of parallelize by name; each must give the same numbers
+OPTIONS: dict[str, dict] = {
+    "": {},
+    "no_drop": dict(off=["drop_duplicates"]),
+    "folded": dict(plan={"experts": "folded"}),
+}
+
+
 @dataclass(frozen=True)
 class Case:
     model: str  # of tests.models.MODELS
@@ -58,10 +66,12 @@ class Case:
     all_axes: bool = True  # False: the mesh names only the axes larger than 1
     example_inputs: bool = True  # False: as for Hugging Face models, without
     sabotage: str = ""  # of SABOTAGE: what to break
+    options: str = ""  # of OPTIONS: what parallelize is asked for
 
     def __str__(self) -> str:
         words = [self.model, "x".join(map(str, self.mesh)), self.scenario]
         words += [self.backend] * (self.backend != "eager") + [self.sabotage] * bool(self.sabotage)
+        words += [self.options] * bool(self.options)
         words += ["fewer_axes"] * (not self.all_axes) + ["no_example"] * (not self.example_inputs)
         return "-".join(words)
 
@@ -252,7 +262,7 @@ def compare(case: Case) -> dict:
 
     model, batch = build(case.model, case.scenario, case.experts)
     example = batch(0, 0) if case.example_inputs else None
-    model = tedcompile.parallelize(model, mesh, example_inputs=example, backend=case.backend)
+    model = tedcompile.parallelize(model, mesh, example_inputs=example, backend=case.backend, **OPTIONS[case.options])
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     data_rank = tedcompile.data_rank(mesh)
 

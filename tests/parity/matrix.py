@@ -16,7 +16,7 @@ import torch
 from tabulate import tabulate
 
 from tests import models
-from tests.parity.harness import SCENARIOS, STEPS, Case, Pool
+from tests.parity.harness import OPTIONS, SCENARIOS, STEPS, Case, Pool
 
 SMALL_MESHES = [mesh for mesh in itertools.product((1, 2), repeat=3) if mesh != (2, 2, 2)]
 LARGE_MESHES = [(1, 4, 2), (2, 2, 2), (1, 2, 4)]
@@ -26,6 +26,7 @@ HEADERS = [
     "dp x ep x tp",
     "scenario",
     "backend",
+    "options",
     "loss",
     "gradient",
     "update",
@@ -34,7 +35,7 @@ HEADERS = [
     "s",
     "result",
 ]
-WIDTHS = (18, 12, 17, 8, 8, 8, 8, 5, 7, 6, 6)
+WIDTHS = (18, 12, 17, 8, 12, 8, 8, 8, 5, 7, 6, 6)
 
 
 def product() -> list[Case]:
@@ -47,6 +48,12 @@ def product() -> list[Case]:
     cases += [Case(model, (1, 4, 1), "ep_equals_experts") for model in models.BASE]
     cases += [Case("qwen3_moe_kv2", (1, 1, 4))]
     cases += [Case(model, (1, 2, 2), backend="inductor") for model in models.BASE]
+    for options in OPTIONS:
+        if options:
+            cases += [Case(model, (1, 2, 2), options=options) for model in models.BASE]
+            cases += [Case(model, mesh, options=options) for mesh in LARGE_MESHES for model in LARGE_MODELS]
+            cases += [Case("qwen3_moe", (1, 2, 4), "few_tokens", options=options)]
+            cases += [Case("qwen3_moe", (1, 2, 2), backend="inductor", options=options)]
     return sorted(cases, key=lambda case: case.world)
 
 
@@ -56,7 +63,7 @@ def row(case: Case, result: dict) -> list[str]:
         errors = (result["loss_error"], result["worst_gradient"][1], result["worst_update"][1])
         fractions = (result["param_fraction"], result["expert_fraction"])
         numbers = [*(f"{e:.1e}" for e in errors), *(f"{f:.0%}" for f in fractions)]
-    name = [case.model, " x ".join(map(str, case.mesh)), case.scenario, case.backend]
+    name = [case.model, " x ".join(map(str, case.mesh)), case.scenario, case.backend, case.options]
     return [*name, *numbers, f"{result['seconds']:.1f}", "ok" if result["ok"] else "FAILED"]
 
 
@@ -90,6 +97,7 @@ def main() -> int:
     parser.add_argument("--meshes", nargs="+", metavar="DPxEPxTP", help="such as 1x2x2")
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, metavar="SCENARIO", default=list(SCENARIOS))
     parser.add_argument("--backends", nargs="+", choices=("eager", "inductor"), default=["eager", "inductor"])
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, metavar="OPTIONS")
     parser.add_argument("--write", type=pathlib.Path, metavar="FILE", help="the markdown file to write")
     options = parser.parse_args()
 
@@ -100,6 +108,7 @@ def main() -> int:
         and (not options.meshes or "x".join(map(str, case.mesh)) in options.meshes)
         and case.scenario in options.scenarios
         and case.backend in options.backends
+        and (not options.options or case.options in options.options)
     ]
     rows, failures, start = [], [], time.monotonic()
     print(line(HEADERS), flush=True)

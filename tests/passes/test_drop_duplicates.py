@@ -31,16 +31,29 @@ def normed(self, x, y, perm, order, weights):
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("skew", SKEWS.values(), ids=SKEWS)
-@pytest.mark.parametrize("options", [{}, FOLDED], ids=["tensor", "folded"])
-def test_parity(mesh, skew, options, monkeypatch):
+@pytest.mark.parametrize("experts_plan", ["tensor", "folded"])
+@pytest.mark.parametrize("kind", ["all_to_all", "dedup", "all_gather"])
+def test_parity(mesh, skew, experts_plan, kind, monkeypatch):
     experts = 4 if mesh.tp == 2 else 8
     skew = None if skew is None else torch.tensor(skew * (experts // 4), dtype=torch.float64)
     data = batches(mesh["data"], skew, experts)
-    graph = distributed(Experts(experts=experts), data[0], mesh, **options)
+    plan = {"experts": experts_plan, "dispatch": kind}
+    graph = distributed(Experts(experts=experts), data[0], mesh, plan=plan)
     gm = parity(Experts(experts=experts), data, mesh, monkeypatch, graph)
     assert "ted::drop" not in targets(gm)
-    (there,) = [n for n in gm.graph.nodes if n.target is ops.all_to_all.default]
-    assert str(there.meta["layout"]) == "D"
+    assert targets(gm).count("ted::all_to_all") == {"all_to_all": 1, "dedup": 3, "all_gather": 0}[kind]
+    rows = [n for n in gm.graph.nodes if n.target is ops.all_to_all.default]
+    assert {str(n.meta["layout"]) for n in rows} <= {"D"}
+
+
+@pytest.mark.parametrize("kind", ["dedup", "all_gather"])
+@pytest.mark.parametrize("mesh", [MeshShape(ep=2), MeshShape(dp=2, ep=4), MeshShape(ep=2, tp=2)], ids=str)
+@pytest.mark.parametrize("skew", SKEWS.values(), ids=SKEWS)
+def test_tokens_without_dropping(mesh, kind, skew, monkeypatch):
+    skew = None if skew is None else torch.tensor(skew, dtype=torch.float64)
+    data = batches(mesh["data"], skew)
+    graph = distributed(Experts(), data[0], mesh, plan={"dispatch": kind}, off=["drop_duplicates"])
+    parity(Experts(), data, mesh, monkeypatch, graph)
 
 
 @pytest.mark.parametrize("combine", [sums, slots, normed])
