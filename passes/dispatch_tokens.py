@@ -160,19 +160,19 @@ class _Tokens:
 
         def there(a: Node) -> Node:
             a = self.add(ops.all_to_all.default, (a, self.splits, self.axis), a.meta["layout"], a.meta["val"])
-            self.arrived = a if self.arrived is None else self.arrived
+            self.arrived.append(a)
             if not self.over_tp:
                 return a
             layout = E if a.meta["val"].is_floating_point() else R
             return self.add(ops.gather_rows.default, (a, self.sizes, "tp"), layout, a.meta["val"])
 
-        self.arrived: Node | None = None
+        self.arrived: list[Node] = []
         return [there(a) for a in spread]
 
     def send_back(self, part: Node) -> Node:
         val, layout = part.meta["val"], part.meta["layout"]
         if self.over_tp:
-            args = (part, self.sizes, self.arrived, "tp")
+            args = (part, self.sizes, self.arrived[0], "tp")
             part, layout = self.add(ops.scatter_rows.default, args, D, val, self.leave), D
         swapped = self.add(aten.flip.default, (self.splits, [0]), self.splits.meta["layout"])
         args = (part, swapped, self.pairs, self.axis)

@@ -98,7 +98,7 @@ def _dispatch(gm: GraphModule, block: Block, mesh, axis: str) -> None:
 def place(block: Block, mesh) -> None:
     """The experts are split over ep."""
     for weight in block.weights:
-        if mesh.ep > 1:
+        if mesh.ep > 1 and weight is not None:
             weight.meta.setdefault("placements", {})["ep"] = S(0)
 
 

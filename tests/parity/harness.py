@@ -54,6 +54,11 @@ OPTIONS: dict[str, dict] = {
     "": {},
     "no_drop": dict(off=["drop_duplicates"]),
     "folded": dict(plan={"experts": "folded"}),
+    "dedup": dict(plan={"dispatch": "dedup"}),
+    "dedup_folded": dict(plan={"dispatch": "dedup", "experts": "folded"}),
+    "all_gather": dict(plan={"dispatch": "all_gather"}),
+    "all_gather_folded": dict(plan={"dispatch": "all_gather", "experts": "folded"}),
+    "dedup_no_drop": dict(plan={"dispatch": "dedup"}, off=["drop_duplicates"]),
 }
 
 
