@@ -34,6 +34,7 @@ def parallelize(
     plan: Mapping[str, str] | None = None,
     checkpoint: str = "none",
     memory_budget: float | None = None,
+    machine: str = "",
 ) -> torch.nn.Module:
     """Makes a plain single-device model train by tensor, expert and data parallelism.
 
@@ -51,6 +52,8 @@ def parallelize(
             named is chosen for each MoE block by the cost model.
         checkpoint: "none"; "full" recomputes every layer in the backward, "selective" what costs least to recompute
             until the activations kept fit `memory_budget` (bytes, or a fraction of those kept by "none").
+        machine: whose costs decide: a name of machines.toml (v100, a100, h100, h200, two_slow_hosts, cpu) or a TOML
+            file as `tedcompile calibrate` writes it, the same on all ranks; by default that of the devices in use.
 
     The loss that each rank returns is its local one; gradients are averaged over dp x ep, so a step is the
     single-device step on the mean loss (DeepSpeed-TED, arXiv 2303.06318, section 3).
@@ -64,7 +67,7 @@ def parallelize(
         raise ValueError(f"{type(model).__name__} is parallel already")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose {' or '.join(BACKENDS)}")
-    options = Options.of(off, plan, checkpoint, memory_budget)
+    options = Options.of(off, plan, checkpoint, memory_budget, machine)
     shape_of(mesh)
     if not isinstance(mesh, DeviceMesh):
         raise TypeError("parallelize needs a torch DeviceMesh (init_device_mesh); tedcompile.explain takes plain sizes")

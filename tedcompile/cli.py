@@ -1,4 +1,4 @@
-"""The command line: `tedcompile explain MODEL --mesh ep=4,tp=2`."""
+"""The command line: `tedcompile explain MODEL --mesh ep=4,tp=2` and `tedcompile calibrate`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
+from tedcompile import calibrate
 from tedcompile.explain import BATCH, DTYPES, SEQ, Style, analyse, choose, render
 from tedcompile.mesh import MeshShape
 from tedcompile.options import Options
@@ -45,7 +46,15 @@ def parser() -> argparse.ArgumentParser:
     add("--plan", action="append", default=[], metavar="CHOICE=VALUE", help="force a choice: dispatch, experts")
     add("--checkpoint", default="none", metavar="KIND", help="none (default), full or selective")
     add("--memory-budget", type=float, metavar="X", help="for selective: bytes, or a fraction of what none keeps")
+    add("--machine", default="", metavar="NAME", help="whose costs decide: a known machine, or a file NAME.toml")
     add("--json", action="store_true", help="print one JSON object")
+    measure = commands.add_parser(
+        "calibrate",
+        help="measure this machine, for --machine",
+        description="Measures products and memory of this machine, and its links if torchrun starts several processes: "
+        "torchrun --nproc-per-node 8 --no-python tedcompile calibrate --out machine.toml",
+    )
+    measure.add_argument("--out", metavar="FILE.toml", help="where to write the result (default: printed)")
     return top
 
 
@@ -53,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, or 2 for input that cannot work (one sentence on stderr)."""
     options = parser().parse_args(argv)
     try:
-        text = _explain(options)
+        text = calibrate.run(options.out) if options.command == "calibrate" else _explain(options)
     except (ValueError, TypeError) as error:
         print(f"tedcompile: {error}", file=sys.stderr)
         return 2
@@ -83,7 +92,9 @@ def _explain(options: argparse.Namespace) -> str:
             seq=SEQ if options.seq is None else options.seq,
             dtype=DTYPES[options.dtype or "bf16"],
             dump=options.dump,
-            options=Options.of(options.off, _pairs(options.plan), options.checkpoint, options.memory_budget),
+            options=Options.of(
+                options.off, _pairs(options.plan), options.checkpoint, options.memory_budget, options.machine
+            ),
         )
     choose(found.lines, options.layer)
     if options.json:

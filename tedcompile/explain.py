@@ -56,6 +56,7 @@ def explain(
     plan: Mapping[str, str] | None = None,
     checkpoint: str = "none",
     memory_budget: float | None = None,
+    machine: str = "",
 ) -> dict[str, Any]:
     """What `parallelize` would do with a model on a mesh; the object that `tedcompile explain --json` prints.
 
@@ -66,7 +67,7 @@ def explain(
         example_inputs: the arguments of one rank's training step; Hugging Face models need none.
         batch, seq: sequences, and positions in each, of one rank's batch, where no example inputs are given.
         dtype: of the parameters of a model that is built here, from a configuration or a type.
-        off, plan, checkpoint, memory_budget: as for `parallelize`.
+        off, plan, checkpoint, memory_budget, machine: as for `parallelize`.
 
     Returns a dict with the keys `model`, `mesh`, `passes`, `collectives`, `parameters` and `replicated`. In each
     collective `bytes_per_rank` is the op's input on one rank and `wire_bytes` what that rank sends in a ring, both of
@@ -75,7 +76,7 @@ def explain(
 
     Raises ValueError and TypeError as `parallelize` does.
     """
-    options = Options.of(off, plan, checkpoint, memory_budget)
+    options = Options.of(off, plan, checkpoint, memory_budget, machine)
     return analyse(model, mesh, example_inputs=example_inputs, batch=batch, seq=seq, dtype=dtype, options=options).facts
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tedcompile import machines
+
 # optimisations by the name of their pass; the other passes are what makes the program right
 OPTIONAL = ("drop_duplicates", "simplify_collectives", "save_collectives")
 # choices that the cost model makes, and the values that may be forced
@@ -20,12 +22,16 @@ CHECKPOINTS = ("none", "full", "selective")
 
 @dataclass(frozen=True)
 class Options:
-    """`memory_budget`: for selective checkpointing, bytes (above 1) or a fraction of what "none" would keep."""
+    """`memory_budget`: for selective checkpointing, bytes (above 1) or a fraction of what "none" would keep.
+
+    `machine`: whose costs decide, a name of machines.toml or a TOML file; empty for that of the devices in use.
+    """
 
     off: frozenset[str] = frozenset()
     plan: Mapping[str, str] = field(default_factory=dict)
     checkpoint: str = "none"
     memory_budget: float | None = None
+    machine: str = ""
 
     @staticmethod
     def of(
@@ -33,6 +39,7 @@ class Options:
         plan: Mapping[str, str] | None = None,
         checkpoint: str = "none",
         memory_budget: float | None = None,
+        machine: str = "",
     ) -> Options:
         """Checks what a user gives. Raises ValueError that names the option, what was given and what there is."""
         names = frozenset([off] if isinstance(off, str) else off)
@@ -51,4 +58,6 @@ class Options:
             )
         if memory_budget is not None and not memory_budget > 0:
             raise ValueError(f"memory_budget must be positive, got {memory_budget}")
-        return Options(names, dict(plan or {}), checkpoint, memory_budget)
+        if machine:
+            machines.load(machine)
+        return Options(names, dict(plan or {}), checkpoint, memory_budget, machine)

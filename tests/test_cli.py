@@ -115,6 +115,8 @@ def test_a_users_function(file, capsys):
         (["mixtral", "--mesh", "tp=2", "--seq", "-3"], "seq must be at least 1, got -3"),
         (["mixtral", "--mesh", "tp=2", "--layer", "first"], "--layer takes a number or all, not 'first'"),
         (["mixtral", "--mesh", "tp=2", "--pass", "polish"], "unknown pass 'polish': the passes are functionalise, "),
+        (["mixtral", "--mesh", "tp=2", "--machine", "h300"], "there is no machine 'h300': choose v100, a100"),
+        (["mixtral", "--mesh", "tp=2", "--machine", "no.toml"], "cannot read no.toml: No such file"),
         (["vit", "--mesh", "tp=2"], "transformers has no causal language model of type 'vit'"),
     ],
 )
