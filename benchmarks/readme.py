@@ -1,7 +1,8 @@
-"""Writes the README's table of measured numbers from benchmarks/results/*.json: python -m benchmarks.readme"""
+"""Writes the README's tables from benchmarks/results/*.json: python -m benchmarks.readme"""
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import re
@@ -15,7 +16,7 @@ NAMES = {"forward_backward_ms": "forward + backward, ms", "tokens_per_s_per_gpu"
 SYSTEMS = {"hf_eager": "Hugging Face, grouped_mm", "hf_compile": "Hugging Face, grouped_mm + torch.compile"}
 
 
-def table() -> str:
+def train_step() -> str:
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for entry in json.loads((HERE / "results" / "train_step.json").read_text()):
         rows.setdefault((entry["case"], entry["system"]), {})[entry["metric"]] = entry["value"]
@@ -32,10 +33,43 @@ def _show(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
+# column of the table -> format of a row of paper.json
+PAPER: dict[str, dict[str, str]] = {
+    "ted": {
+        "tp": "{tp}", "ranks a node": "{ranks_per_node}", "micro-batch": "{micro_batch}",
+        "without, s": "{without_s:.1f}", "DTD, s": "{drop_only_s:.1f}", "CAC, s": "{save_only_s:.1f}",
+        "both, s": "{with_s:.1f}",
+        "all-to-all bytes": "{all_to_all_pct:+.1f} %", "all-reduce bytes": "{all_reduce_pct:+.1f} %",
+        "predicted gain": "{gain_pct:.1f} %", "paper": "{paper_pct:.0f} %",
+        "residual, points": "{residual_points:+.1f}",
+    },
+    "parm": {
+        "GPUs": "{gpus}", "k x capacity": "{rows}", "before the gate, ms": "{before_ms:.3f}",
+        "after, ms": "{after_ms:.3f}", "Parm's schedules: faster": "{chosen}", "tedcompile's block: faster": "{ours}",
+    },
+    "monta": {
+        "tokens": "{T}", "all-to-all alone, faster by": "{all_to_all_ratio:.1f}",
+        "with its gathers, best chunks": "{moved_ratio:.1f}", "not dropped, ms": "{whole_ms:.2f}",
+        "1 chunk": "{chunks_1_ms:.2f}", "2": "{chunks_2_ms:.2f}", "4": "{chunks_4_ms:.2f}", "8": "{chunks_8_ms:.2f}",
+        "chunks chosen": "{chosen_chunks}",
+    },
+}  # fmt: skip
+
+
+def paper(part: str) -> str:
+    found = json.loads((HERE / "results" / "paper.json").read_text())[part]
+    rows = [[form.format(**row) for form in PAPER[part].values()] for row in found["rows"]]
+    text = tabulate(rows, list(PAPER[part]), tablefmt="github", disable_numparse=True)
+    return f"{text}\n\nAssumed: {'; '.join(found['assumptions'])}."
+
+
 def main() -> None:
     readme = HERE.parent / "README.md"
-    begin, end = "<!-- train_step -->", "<!-- /train_step -->"
-    text = re.sub(f"(?s){begin}.*{end}", lambda _: f"{begin}\n{table()}\n{end}", readme.read_text())
+    text = readme.read_text()
+    tables = {"train_step": train_step, **{f"paper_{part}": functools.partial(paper, part) for part in PAPER}}
+    for name, table in tables.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        text = re.sub(f"(?s){begin}.*{end}", lambda _: f"{begin}\n{table()}\n{end}", text)  # noqa: B023
     readme.write_text(text)
 
 

@@ -197,6 +197,21 @@ def ted_layer(drop: bool, save: bool, moe: bool = True) -> tuple[Collective, ...
     return tuple(out)
 
 
+def parm_layer(before_gate: bool) -> tuple[Collective, ...]:
+    """Forward payload of Parm's two schedules (arXiv 2407.00599), each tp rank with its slice, K*T rows of capacity.
+
+    Sliced before the gate, the tokens are gathered at the end, T rows; after the gate, the experts' rows are, K*T, and
+    that gather can run under the last all-to-all. The formulas are inferred from the description of the schedules.
+    """
+    rows = K * T * H * size / tp
+    gathered = T * H * size / tp if before_gate else rows
+    return (
+        Collective("all_to_all", "ep", rows, why="to the experts"),
+        Collective("all_to_all", "ep", rows, why="results home"),
+        Collective("all_gather", "tp", gathered, why="slices to whole tokens" if before_gate else "rows"),
+    )
+
+
 # DeepSpeed-TED, section 3: bytes on one device with ZeRO-1, half-precision parameters and gradients (4 bytes), fp32
 # master and two moments (12 bytes over the replicas); P parameters of the dense base model, MoE in every 2nd layer
 MEMORY = 4 * P * (1 / tp + (E + 2) / G)
