@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import sympy
+import torch
 
 from tedcompile import volumes as v
 from tedcompile.volumes import Candidate
@@ -99,3 +100,28 @@ def test_evaluation_is_that_of_sympy():
     for c in v.block(Candidate(dispatch="dedup", drop=True)):
         exact = c.bytes.subs({sympy.Symbol(k): x for k, x in VALUES.items()})
         assert math.isclose(v.evaluate(c.bytes, VALUES), float(exact), rel_tol=1e-12)
+
+
+def test_formulas_are_the_bytes_of_the_graph():
+    """Candidate() is TED's block without dropping: a Mixtral layer holds these, in these bytes."""
+    transformers = pytest.importorskip("transformers")
+    from tedcompile import explain
+
+    from .models import COMMON, families
+
+    config = transformers.MixtralConfig(**COMMON, **families(8)["mixtral"])
+    plan = {"experts": "tensor", "dispatch": "all_to_all"}
+    off = ["drop_duplicates", "simplify_collectives"]
+    facts = explain(config, "ep=2,tp=2", seq=16, dtype=torch.float32, plan=plan, off=off)
+    there: Counter[tuple] = Counter()
+    for c in facts["collectives"]:
+        if c["role"] in ("payload", "counts"):
+            there[c["axis"], c["kind"], c["phase"], c["bytes_per_rank"], c["wire_bytes"]] += c["count"]
+    values = dict(T=16, K=config.num_experts_per_tok, H=config.hidden_size, I=config.intermediate_size,
+                  E=config.num_local_experts, tp=2, ep=2, bytes=4)  # fmt: skip
+    number = lambda formula: round(v.evaluate(formula, values))
+    ours: Counter[tuple] = Counter()
+    for c in v.block(Candidate()):
+        ours[c.axis, c.kind, c.phase, number(c.bytes), number(c.sent)] += config.num_hidden_layers
+    assert {k: n for k, n in there.items() if k[0] == "ep"} == {k: n for k, n in ours.items() if k[0] == "ep"}
+    assert all(there[key] >= n for key, n in ours.items())  # attention reduces over tp too
