@@ -1,16 +1,24 @@
 """Chooses how the tokens of each MoE block meet their experts: `meta["dispatch"]` (`layouts.Dispatch`) on its ops.
 
-Needs: canonical MoE ops, before layouts. Changes no node. A later signature keeps the experts where the first has put
-them. A block that cannot be dispatched gets no plan, stays whole, and `ctx.replicated` says why.
+The cost model compares what the sizes allow (`cost.choose`); `ctx.options` may force a choice or rule one out, and a
+later signature keeps the experts where the first has put them. `ctx.choices` holds the candidates of every block.
+
+Needs: canonical MoE ops, before layouts. Changes no node. A block that cannot be dispatched gets no plan, stays whole,
+and `ctx.replicated` says why.
 """
 
 from __future__ import annotations
 
-from torch.fx import GraphModule
+import math
 
+from torch.fx import GraphModule, Node
+
+from tedcompile import cost
 from tedcompile.blocks import Block, refusal
-from tedcompile.layouts import Dispatch
+from tedcompile.layouts import Dispatch, shape
 from tedcompile.ops import ops
+
+LATER = {"drop_point": "after_gate", "chunks": 1}  # what the cost model weighs and no pass does yet
 
 
 def run(gm: GraphModule, ctx) -> None:
@@ -19,30 +27,60 @@ def run(gm: GraphModule, ctx) -> None:
     for node in gm.graph.nodes:
         if node.target is ops.permute.default:
             block = Block.of(gm, node)
-            dispatch, reason = _plan(gm, ctx, block)
+            reason = refusal(gm, block, ctx.shape.ep, ctx)
+            dispatch = None if reason else _plan(gm, ctx, block)
             if dispatch:
                 for n in (node, *block.leaves, *block.body):
                     n.meta["dispatch"] = dispatch
-            elif reason:
+            elif reason and ctx.shape.ep > 1:
                 ctx.replicated.append((node, reason))
 
 
-def _plan(gm: GraphModule, ctx, block: Block) -> tuple[Dispatch | None, str]:
-    shape, wish = ctx.shape, ctx.options.plan
-    drop = shape.tp > 1 and "drop_duplicates" not in ctx.options.off
-    experts = _decided(ctx, block) or wish.get("experts", "tensor")
-    if experts == "folded" and (not drop or refusal(gm, block, shape["ept"], ctx)):
-        experts = "tensor"
-    if experts != "folded":
-        if shape.ep == 1:
-            return None, ""
-        reason = refusal(gm, block, shape.ep, ctx)
-        if reason:
-            return None, reason
-    kind = wish.get("dispatch", "all_to_all")
+def _plan(gm: GraphModule, ctx, block: Block) -> Dispatch | None:
+    mesh, off = ctx.shape, ctx.options.off
+    drop = mesh.tp > 1 and "drop_duplicates" not in off
+    plan = {**ctx.options.plan, **LATER}
+    decided = _decided(ctx, block)
+    if decided:
+        plan["experts"] = decided
+    elif "experts" not in plan and refusal(gm, block, mesh["ept"], ctx):
+        plan["experts"] = "tensor"
     if not block.moves_tokens:
-        kind = "all_to_all"
-    return Dispatch(experts, kind, drop), ""
+        plan["dispatch"] = "all_to_all"
+    sizes = _sizes(block)
+    try:
+        if sizes is None or decided == "whole":
+            raise ValueError("the experts are not two products and what is between them")
+        found = cost.choose(sizes, mesh, ctx.machine, plan, off)
+    except ValueError:
+        if {"experts", "drop"} & ctx.options.plan.keys() and not decided:
+            raise
+        if mesh.ep == 1:
+            return None
+        return Dispatch("tensor" if decided != "whole" else decided, plan.get("dispatch", "all_to_all"), drop)
+    ctx.choices.append((block.permute, sizes, plan))
+    best = found.best.candidate
+    if best.experts == "tensor" and mesh.ep == 1:
+        return None  # split inside, by the layouts alone
+    return Dispatch(best.experts, best.dispatch, best.drop)
+
+
+def _sizes(block: Block) -> cost.Block | None:
+    """What the cost model knows of a block; None where its products are not those of an MLP."""
+    products = [n for n in block.readers if n.target is ops.grouped_mm.default]
+    (tokens, slots), hidden = shape(block.permute.args[1]), shape(block.permute.args[0])[1]
+    inner = {_columns(n) for n in products if shape(n)[1] == hidden}
+    if len(inner) != 1:
+        return None
+    (width,) = inner
+    work = sum(_columns(n) * shape(n)[1] for n in products)
+    element = min(4, block.permute.args[0].meta["val"].element_size())  # fp64 is for tests
+    matrices = max(1, math.ceil(work / (hidden * width)))
+    return cost.Block(tokens, slots, hidden, width, block.experts, matrices, element)
+
+
+def _columns(product: Node) -> int:
+    return shape(product.args[0])[1]
 
 
 def _decided(ctx, block: Block) -> str | None:
@@ -50,4 +88,4 @@ def _decided(ctx, block: Block) -> str | None:
     if ctx.decided is None:
         return None
     dims = {ctx.fixed[w].dim for w in block.weights if ctx.fixed[w].kind == "S"}
-    return "folded" if dims == {0} else "tensor" if dims else "whole"
+    return "folded" if dims == {0} else "tensor" if dims or ctx.shape.tp == 1 else "whole"

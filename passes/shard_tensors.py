@@ -12,12 +12,13 @@ Refuses: nothing; what has no rule stays whole and `ctx.replicated` says why.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from tedcompile import graphs
-from tedcompile.layouts import MOVES, D, E, Layout, R, differentiable
+from tedcompile.layouts import MOVES, Call, D, E, Layout, R, differentiable
 from tedcompile.ops import ops
 from tedcompile.plan import plan_tensors
 
@@ -39,21 +40,18 @@ def _counts(value: Node) -> tuple[Node, Node]:
 LEFT = {"enter": E, "gather_enter": E, "gather_rows": E, "scatter_rows": D}  # the layouts that moves lead to
 
 
-def run(gm: GraphModule, ctx) -> None:
-    tp = ctx.shape.tp
-    for node in gm.graph.nodes:
-        graphs.set_facts(node)
-        node.meta["layout"] = R
-    if tp == 1:
-        return
-    plan = plan_tensors(gm.graph, tp, ctx.fixed)
-    moved: dict[tuple[Node, Layout], Node] = {}
+class Moves:
+    """Brings values to the layouts that ops need, each value once to each."""
 
-    def move(a: Node, want: Layout, like: Node) -> Node:
-        have = a.meta["layout"]
+    def __init__(self, graph: Graph, tp: int):
+        self.graph, self.tp = graph, tp
+        self.moved: dict[tuple[Node, Layout], Node] = {}
+
+    def to(self, a: Node, want: Layout, like: Node) -> Node:
+        have, tp = a.meta["layout"], self.tp
         if have == want or (want == E and have == R and not differentiable(a)):
             return a
-        if (a, want) not in moved:
+        if (a, want) not in self.moved:
             value = a
             steps = ("all_max",) if have.op == "max" else MOVES[have.kind, want.kind]
             for step in steps:
@@ -66,12 +64,38 @@ def run(gm: GraphModule, ctx) -> None:
                     args = (value, tp, "tp")
                 elif step in ("gather_rows", "scatter_rows"):
                     args = (value, *_counts(value)[: 1 if step == "gather_rows" else 2], "tp")
-                target = getattr(ops, step).default
-                value = graphs.call(gm.graph, target, args, a if a.op != "placeholder" else like)
-                value.meta["layout"] = LEFT.get(step, want if step in ("slice", "share") else R)
-            moved[a, want] = value
-        return moved[a, want]
+                value = graphs.call(self.graph, getattr(ops, step).default, args, a if a.op != "placeholder" else like)
+                value.meta["layout"] = LEFT.get(step, want if step in ("slice", "share", "reduce_scatter") else R)
+            self.moved[a, want] = value
+        return self.moved[a, want]
 
+    def rewrite(self, node: Node, call: Call, layout: Any, renamed: dict[Node, Node]) -> None:
+        """The node as its rule has it: operands moved, local sizes in its arguments, or other ops in its place."""
+        with self.graph.inserting_before(node):
+            inputs = {a: self.to(renamed.get(a, a), want, node) for a, want in call.needs.items()}
+            args, kwargs = torch.fx.map_arg(
+                (node.args if call.args is None else call.args, {} if call.args is not None else node.kwargs),
+                lambda a: inputs.get(a) or renamed.get(a, a),
+            )
+            new = None if call.emit is None else graphs.emit(self.graph, call.emit, args, kwargs, node)
+        (new or node).meta["layout"] = layout
+        if new is None:
+            if call.args is not None:
+                node.meta["global_args"] = (None, *node.args[1:])
+            node.args, node.kwargs = args, kwargs
+        else:
+            renamed[node] = new
+
+
+def run(gm: GraphModule, ctx) -> None:
+    tp = ctx.shape.tp
+    for node in gm.graph.nodes:
+        graphs.set_facts(node)
+        node.meta["layout"] = R
+    if tp == 1:
+        return
+    plan = plan_tensors(gm.graph, tp, ctx.fixed)
+    moves = Moves(gm.graph, tp)
     renamed: dict[Node, Node] = {}
     for node in list(gm.graph.nodes):
         if node.op == "placeholder":
@@ -79,21 +103,7 @@ def run(gm: GraphModule, ctx) -> None:
                 node.meta.setdefault("placements", {})["tp"] = plan.weights[node]
             node.meta["layout"] = plan.layouts[node]
             continue
-        call = plan.calls[node]
-        with gm.graph.inserting_before(node):
-            inputs = {a: move(renamed.get(a, a), want, node) for a, want in call.needs.items()}
-            args, kwargs = torch.fx.map_arg(
-                (node.args if call.args is None else call.args, {} if call.args is not None else node.kwargs),
-                lambda a: inputs.get(a) or renamed.get(a, a),  # noqa: B023
-            )
-            new = None if call.emit is None else graphs.emit(gm.graph, call.emit, args, kwargs, node)
-        (new or node).meta["layout"] = plan.layouts.get(node, R)
-        if new is None:
-            if call.args is not None:
-                node.meta["global_args"] = (None, *node.args[1:])
-            node.args, node.kwargs = args, kwargs
-        else:
-            renamed[node] = new
+        moves.rewrite(node, plan.calls[node], plan.layouts.get(node, R), renamed)
     for node in reversed(renamed):
         gm.graph.erase_node(node)
     ctx.replicated.extend((w, reason) for w, reason in plan.reasons.items())

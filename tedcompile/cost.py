@@ -21,6 +21,7 @@ from tedcompile.volumes import Candidate, Collective, evaluate
 CHOICES: dict[str, tuple] = {
     "experts": ("tensor", "folded"),
     "dispatch": ("all_to_all", "dedup", "all_gather"),
+    "drop": ("yes", "no"),
     "drop_point": ("after_gate", "before_gate"),
     "chunks": (1, 2, 4, 8),
 }
@@ -127,6 +128,8 @@ def candidates(
         drops = [False, True] if mesh.ep > 1 and mesh.tp > 1 and "drop_duplicates" not in off else [False]
         if experts == "folded":
             drops = [mesh.tp > 1]
+        if mesh.tp > 1 and travels:
+            drops = [drop for drop in drops if plan.get("drop", drop) in (drop, "yes" if drop else "no")]
         for dispatch in dispatches:
             for drop in drops:
                 points = CHOICES["drop_point"] if drop else ("after_gate",)
@@ -139,6 +142,7 @@ def candidates(
                     if len(parts) == 1 or plan.get("chunks", chunks) == chunks
                 ]
     if not found:
+        reasons += [f"{key}={value} is asked for" for key, value in plan.items()]
         raise ValueError(f"no way to run {block.E} experts on {_sizes(mesh)} is left: {'; '.join(reasons)}")
     return found
 

@@ -29,7 +29,7 @@ from tabulate import tabulate
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule, Node
 
-from tedcompile import frontends, graphs, layouts, pipeline
+from tedcompile import cost, frontends, graphs, layouts, machines, pipeline
 from tedcompile.capture import bind, capture, module_path
 from tedcompile.layouts import Call, Layout, NoRule, R, Sections, aten
 from tedcompile.mesh import MeshShape, shape_of
@@ -69,7 +69,8 @@ def explain(
         dtype: of the parameters of a model that is built here, from a configuration or a type.
         off, plan, checkpoint, memory_budget, machine: as for `parallelize`.
 
-    Returns a dict with the keys `model`, `mesh`, `passes`, `collectives`, `parameters` and `replicated`. In each
+    Returns a dict with the keys `model`, `mesh`, `passes`, `collectives`, `parameters`, `replicated`, `machine` and
+    `choices` (the candidates of each kind of MoE block, with predicted seconds, the best first). In each
     collective `bytes_per_rank` is the op's input on one rank and `wire_bytes` what that rank sends in a ring, both of
     one call; `count` is over the whole model; experts get as many rows as with balanced routing. The axis `data` is
     dp and ep together.
@@ -123,7 +124,8 @@ def analyse(
             select_outputs(captured, model, True, ())
     finally:
         model.train(training)
-    ctx = pipeline.Context(shape, dump=dump, show=listing.lines, options=options)
+    machine = machines.load(options.machine) if options.machine else machines.default("cuda")
+    ctx = pipeline.Context(shape, dump=dump, show=listing.lines, options=options, machine=machine)
     gm = pipeline.run_forward(captured, ctx)
     facts = {
         "model": name,
@@ -139,9 +141,11 @@ def analyse(
             }
             for r in ctx.records
         ],
-        "collectives": collectives(gm, shape),
+        "collectives": collectives(gm, shape, [block for _, block, _ in ctx.choices]),
         "parameters": [_parameter(n, shape) for n in _parameters(gm)],
         "replicated": _replicated(ctx.replicated),
+        "machine": machine.name,
+        "choices": _choices(ctx),
     }
     pairs = [(r.before, r.after) for r in ctx.records if r.name == dump]
     return Explanation(facts, listing.lines(gm), pairs[0] if pairs else None)
@@ -314,6 +318,17 @@ def _replicated(found: list[tuple[Node, str]]) -> list[dict[str, str]]:
     return [{"module": module, "reason": reason} for module, reason in merged]
 
 
+def _choices(ctx: pipeline.Context) -> list[dict[str, Any]]:
+    """The candidates for each kind of MoE block, the best first, with what the cost model predicts of them."""
+    alike: dict[tuple, Any] = {}
+    for node, block, plan in ctx.choices:
+        alike.setdefault((_pattern(module_path(node)), block), plan)
+    return [
+        {"module": module, "candidates": cost.table(block, ctx.shape, ctx.machine, plan, ctx.options.off)}
+        for (module, block), plan in alike.items()
+    ]
+
+
 def _split_over_experts(gm: GraphModule, ep: int) -> dict[Node, Layout]:
     """Layouts over ep of expert weights and their views, which the graph holds with global sizes."""
     known: dict[Node, Layout] = {}
@@ -373,9 +388,9 @@ def _cotangents(gm: GraphModule) -> set[Node]:
     return found
 
 
-def collectives(gm: GraphModule, mesh: MeshShape) -> list[dict[str, Any]]:
+def collectives(gm: GraphModule, mesh: MeshShape, blocks: Sequence[cost.Block] = ()) -> list[dict[str, Any]]:
     """Every collective of a training step, grouped by what it is and by the module pattern it belongs to."""
-    shapes, letters = _Shapes(gm, mesh), _Letters(gm)
+    shapes, letters = _Shapes(gm, mesh), _Letters(gm, list(blocks))
     got = _cotangents(gm)
     rows: Counter[tuple] = Counter()
 
@@ -465,18 +480,16 @@ def _buckets(gm: GraphModule, shapes: _Shapes, got: set[Node]) -> Iterator[tuple
 class _Letters:
     """Formulas of sizes. A number at a place where a letter is expected, and of its size, is taken for the letter."""
 
-    def __init__(self, gm: GraphModule):
+    def __init__(self, gm: GraphModule, blocks: list[cost.Block]):
         known: dict[str, int] = {}
+        for block in blocks[:1]:
+            known |= {"H": block.H, "K": block.K, "E": block.E, "I": block.I}
         for n in gm.graph.nodes:
             value = n.meta.get("val")
             if n.op == "placeholder" and n.meta["role"][0] == "input" and isinstance(value, torch.Tensor):
                 if value.dim() == 2 and not value.is_floating_point():
                     known.setdefault("B", value.shape[0])
                     known.setdefault("S", value.shape[1])
-            elif n.target is ops.permute.default:
-                known.setdefault("H", layouts.shape(n.args[0])[1])
-                known.setdefault("K", layouts.shape(n.args[1])[1])
-                known.setdefault("E", n.args[2])
             elif n.target is ops.grouped_mm.default and layouts.shape(n)[1] == known.get("H"):
                 known.setdefault("I", layouts.shape(n.args[0])[1])
             elif n.target in (aten.embedding.default, ops.embedding_shard.default):
@@ -725,6 +738,9 @@ def render(found: Explanation, layer: str | int | None = None, colour: bool = Fa
     parts += [title("Rewritten graph, one rank" + ("" if chosen == [""] else f": {', '.join(chosen)}")), LEGEND, ""]
     parts += _layers(found.lines, chosen, style)
     parts += [title("Parameters"), _parameter_table(facts["parameters"])]
+    for choice in facts["choices"]:
+        parts += [title(f"How {choice['module']} runs: predicted ms of one block, on {facts['machine']}")]
+        parts += [cost.render(choice["candidates"])]
     parts += [title("Left replicated"), _replicated_table(facts["replicated"])]
     parts += [title("Collectives of one training step"), _collective_table(facts["collectives"])]
     return "\n".join(parts) + "\n"

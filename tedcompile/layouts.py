@@ -621,8 +621,11 @@ def _softmax(c: Call) -> Layout:
 
 @rule(aten.var.correction, aten.topk.default, aten.sort.default, aten.argsort.default, aten.argmax.default)
 def _along_one(c: Call) -> Any:
-    if c.sharded():
-        raise NoRule(f"{c.node.target} of a split value")
+    for a in c.sharded():
+        at = {aten.topk.default: 2, aten.sort.default: 1, aten.argsort.default: 1}.get(c.node.target)
+        if at is None or c.arg(at, -1) % ndim(a) == c.layout(a).dim:
+            raise NoRule(f"{c.node.target} of a split value")
+        return c.layout(a)
     return c.default()
 
 

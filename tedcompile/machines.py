@@ -106,7 +106,7 @@ class Place:
 
 
 def place(axis: str, mesh: MeshShape, machine: Machine) -> Place:
-    """The groups of an axis: "tp", "ep", "dp", "data" (dp x ep) or "ep_tp" (ep x tp, the folded experts' axis).
+    """The groups of an axis: "tp", "ep", "dp", "data" (dp x ep) or "ept" (ep x tp, the folded experts' axis).
 
     rank = (dp * EP + ep) * TP + tp, nodes hold consecutive ranks. Where groups and nodes do not line up, the node with
     the fewest members of a group decides.
@@ -114,7 +114,7 @@ def place(axis: str, mesh: MeshShape, machine: Machine) -> Place:
     size, stride = {
         "tp": (mesh.tp, 1),
         "ep": (mesh.ep, mesh.tp),
-        "ep_tp": (mesh.ep * mesh.tp, 1),
+        "ept": (mesh.ep * mesh.tp, 1),
         "dp": (mesh.dp, mesh.ep * mesh.tp),
         "data": (mesh.dp * mesh.ep, mesh.tp),
     }[axis]

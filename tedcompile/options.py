@@ -16,6 +16,7 @@ OPTIONAL = ("drop_duplicates", "simplify_collectives", "save_collectives")
 PLANS: dict[str, tuple[str, ...]] = {
     "dispatch": ("all_to_all", "dedup", "all_gather"),
     "experts": ("tensor", "folded"),
+    "drop": ("yes", "no"),
 }
 CHECKPOINTS = ("none", "full", "selective")
 

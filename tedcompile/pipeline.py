@@ -10,9 +10,10 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from tedcompile import graphs
+from tedcompile import cost, graphs, machines
 from tedcompile.capture import Captured, module_path
 from tedcompile.layouts import Layout
+from tedcompile.machines import Machine
 from tedcompile.mesh import MeshShape
 from tedcompile.ops import ops
 from tedcompile.options import Options
@@ -80,8 +81,10 @@ class Context:
     dump: str = ""
     show: Callable[[GraphModule], Any] = lambda gm: str(gm.graph)
     options: Options = field(default_factory=Options)
+    machine: Machine = field(default_factory=lambda: machines.default("cuda"))
     mutations: dict[Node, Node] = field(default_factory=dict)
     replicated: list[tuple[Node, str]] = field(default_factory=list)
+    choices: list[tuple[Node, cost.Block, dict]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     gradients: dict[int, dict[str, Layout]] = field(default_factory=dict)
     fixed: dict[Node, Layout] | None = None

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 
-from tedcompile import compat, compile, pipeline
+from tedcompile import compat, compile, machines, pipeline
 from tedcompile.capture import bind, capture
 from tedcompile.layouts import Layout
 from tedcompile.mesh import Groups
@@ -76,6 +76,8 @@ def plain(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 class Runtime:
     def __init__(self, groups: Groups, backend: str, outputs: tuple[str, ...], options: Options):
         self.groups, self.backend, self.outputs, self.options = groups, backend, outputs, options
+        name = torch.cuda.get_device_name(groups.device) if groups.device.type == "cuda" else ""
+        self.machine = machines.load(options.machine) if options.machine else machines.default(groups.device.type, name)
         self.decided: dict[str, dict[str, Layout]] | None = None
         self.programs: dict[tuple, Program] = {}
         self.ready: dict[tuple, tuple] = {}
@@ -203,7 +205,7 @@ class Runtime:
             inner = torch.autocast("cpu", dtype=torch.get_autocast_dtype(device), cache_enabled=False)
         with plain(model), torch.enable_grad(), inner:
             captured = capture(model, named)
-        ctx = pipeline.Context(self.groups.shape, self.decided, options=self.options)
+        ctx = pipeline.Context(self.groups.shape, self.decided, options=self.options, machine=self.machine)
         kept = select_outputs(captured, model, model.training, self.outputs)
         gm = pipeline.run_forward(captured, ctx)
         return captured, ctx, gm, kept

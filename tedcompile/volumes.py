@@ -20,7 +20,7 @@ from tedcompile.machines import RING
 T, K, H, I, E, tp, ep, dp, layers, G, P = sympy.symbols("T K H I E tp ep dp layers G P")
 size = sympy.Symbol("bytes")
 LETTERS = (T, K, H, I, E, tp, ep, dp, layers, size, G, P)
-SIZES = {"tp": tp, "ep": ep, "ep_tp": ep * tp, "dp": dp, "data": dp * ep}
+SIZES = {"tp": tp, "ep": ep, "ept": ep * tp, "dp": dp, "data": dp * ep}
 INDEX = 8  # bytes of an index or a count
 
 
@@ -83,7 +83,7 @@ def block(c: Candidate, aux: bool = False) -> tuple[Collective, ...]:
     """
     folded = c.experts == "folded"
     sliced = folded or c.drop
-    axis, ranks = ("ep_tp", ep * tp) if folded else ("ep", ep)
+    axis, ranks = ("ept", ep * tp) if folded else ("ep", ep)
     tokens = T / tp if sliced else T
     rows = _rows(c.dispatch, tokens, ranks)
     there, tensor = rows * H * size, sliced and not folded

@@ -46,8 +46,11 @@ def after(
 
 
 def distributed(module: nn.Module, kwargs: dict[str, Any], mesh: MeshShape, **options) -> tuple[GraphModule, Context]:
-    """The distributed forward graph of a module, by all forward passes."""
-    ctx = Context(mesh, options=Options.of(**options))
+    """The distributed forward graph of a module, by all forward passes; TED's plan, where none is given."""
+    plan = {"experts": "tensor", "dispatch": "all_to_all"} | options.pop("plan", {})
+    if mesh.ep > 1 and mesh.tp > 1 and "off" not in options:
+        plan.setdefault("drop", "yes")
+    ctx = Context(mesh, options=Options.of(plan=plan, **options))
     return pipeline.run_forward(captured(module.train(), kwargs), ctx), ctx
 
 

@@ -29,6 +29,7 @@ KEYS = {
     },
     "parameters": {"name", "layout", "shape", "local_shape"},
     "replicated": {"module", "reason"},
+    "choices": {"module", "candidates"},
 }  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def qwen3() -> Explanation:
 
 def test_keys(qwen3):
     facts = json.loads(json.dumps(qwen3.facts))
-    assert set(facts) == {"model", "mesh", *KEYS}
+    assert set(facts) == {"model", "mesh", "machine", *KEYS}
     assert facts["model"] == "Qwen3MoeForCausalLM" and facts["mesh"] == {"dp": 2, "ep": 2, "tp": 2}
     for name, keys in KEYS.items():
         assert facts[name] and all(set(row) == keys for row in facts[name])

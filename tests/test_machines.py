@@ -23,7 +23,7 @@ def test_every_entry_loads_and_has_the_rates_that_training_needs():
         ("dp", MeshShape(2, 4, 2), 1),
         ("data", MeshShape(2, 4, 2), 4),
         ("ep", MeshShape(1, 8, 2), 4),  # half of the group in each of two nodes
-        ("ep_tp", MeshShape(1, 8, 2), 8),
+        ("ept", MeshShape(1, 8, 2), 8),
         ("ep", MeshShape(1, 4, 8), 1),
         ("tp", MeshShape(1, 4, 3), 1),  # nodes of 8, groups of 3: ranks 6 and 7 are in one, 8 in the next
         ("tp", MeshShape(1, 2, 3), 3),  # all in one node

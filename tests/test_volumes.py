@@ -44,7 +44,7 @@ def test_dropping_divides_the_all_to_all_by_tp_and_gathers_rows_over_tp():
 
 def test_folded_experts_gather_no_rows_over_tp():
     folded = Candidate("folded", drop=True)
-    assert bytes_of(folded, "all_to_all", "ep_tp", "forward") == 2 * v.K * v.T * v.H * v.size / v.tp
+    assert bytes_of(folded, "all_to_all", "ept", "forward") == 2 * v.K * v.T * v.H * v.size / v.tp
     assert bytes_of(folded, "", "tp", "forward") == v.T * v.H * v.size / v.tp
 
 

@@ -52,13 +52,15 @@ SLOW_IMPORTS = [
 # options of parallelize by name; each must give the same numbers
 OPTIONS: dict[str, dict] = {
     "": {},
-    "no_drop": dict(off=["drop_duplicates"]),
-    "folded": dict(plan={"experts": "folded"}),
-    "dedup": dict(plan={"dispatch": "dedup"}),
-    "dedup_folded": dict(plan={"dispatch": "dedup", "experts": "folded"}),
-    "all_gather": dict(plan={"dispatch": "all_gather"}),
-    "all_gather_folded": dict(plan={"dispatch": "all_gather", "experts": "folded"}),
-    "dedup_no_drop": dict(plan={"dispatch": "dedup"}, off=["drop_duplicates"]),
+    "no_drop": dict(plan=dict(experts="tensor", dispatch="all_to_all"), off=["drop_duplicates"]),
+    "ted": dict(plan=dict(experts="tensor", dispatch="all_to_all", drop="yes")),
+    "dedup": dict(plan=dict(experts="tensor", dispatch="dedup", drop="yes")),
+    "all_gather": dict(plan=dict(experts="tensor", dispatch="all_gather", drop="yes")),
+    "folded": dict(plan=dict(experts="folded", dispatch="all_to_all")),
+    "dedup_folded": dict(plan=dict(experts="folded", dispatch="dedup")),
+    "all_gather_folded": dict(plan=dict(experts="folded", dispatch="all_gather")),
+    "dedup_no_drop": dict(plan=dict(dispatch="dedup"), off=["drop_duplicates"]),
+    "all_gather_no_drop": dict(plan=dict(dispatch="all_gather"), off=["drop_duplicates"]),
 }
 
 

@@ -71,9 +71,9 @@ def test_folded_experts_are_whole():
     assert "ted::gather_rows" not in targets(gm)
 
 
-def test_experts_that_do_not_fold_are_split_inside():
-    gm, _ = distributed(Experts(experts=6), batches(1, experts=6)[0], MeshShape(ep=2, tp=2), **FOLDED)
-    assert placements(gm)["up"] == {"tp": "S(2 of 8+8)", "ep": "S(0)"}
+def test_experts_that_cannot_fold_are_refused_by_their_sizes():
+    with pytest.raises(ValueError, match="6 experts do not divide over ep x tp = 4"):
+        distributed(Experts(experts=6), batches(1, experts=6)[0], MeshShape(ep=2, tp=2), **FOLDED)
 
 
 def test_what_cannot_wait_for_the_sum_is_computed_on_own_rows():
