@@ -69,6 +69,14 @@ class Moves:
             self.moved[a, want] = value
         return self.moved[a, want]
 
+    def scatter(self, a: Node, want: Layout, like: Node) -> Node:
+        """P to S at once."""
+        if (a, want) not in self.moved:
+            args = (a, want.dim, self.tp, list(want.sections), "tp")
+            self.moved[a, want] = graphs.call(self.graph, ops.reduce_scatter.default, args, like)
+            self.moved[a, want].meta["layout"] = want
+        return self.moved[a, want]
+
     def rewrite(self, node: Node, call: Call, layout: Any, renamed: dict[Node, Node]) -> None:
         """The node as its rule has it: operands moved, local sizes in its arguments, or other ops in its place."""
         with self.graph.inserting_before(node):

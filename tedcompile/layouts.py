@@ -117,6 +117,8 @@ class Whole(Exception):
 class Call:
     """One node with the layouts of its operands, as a rule sees it."""
 
+    residuals_follow = False  # whether a whole residual is split along with what is added to it
+
     def __init__(self, node: Node, layouts: dict[Node, Any], tp: int):
         self.node, self.layouts, self.tp = node, layouts, tp
         self.needs: dict[Node, Layout] = {}
@@ -273,7 +275,9 @@ def pointwise(c: Call) -> Layout:
                 raise NoRule(f"{c.node.target} meets operands split on different dims")
         elif ndim(a) >= -rel and shape(a)[rel] != 1:
             whole = differentiable(a) and not a.meta.get("weights_only") and shape(a) == shape(c.node)
-            if c.node.target in LINEAR and whole:  # a residual: what follows it would be split along the features
+            if (
+                c.node.target in LINEAR and whole and not c.residuals_follow
+            ):  # a residual: what follows it would be split along the features
                 raise NoRule("its result is added to a value that is whole")
             c.need(a, S(ndim(a) + rel, first.sections))
         else:

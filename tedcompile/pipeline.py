@@ -28,6 +28,7 @@ from tedcompile.passes import (
     recognise_sorted,
     shard_experts,
     shard_tensors,
+    simplify_collectives,
     sum_buffers,
 )
 
@@ -46,6 +47,7 @@ FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("plan_dispatch", plan_dispatch.run),
     ("drop_duplicates", drop_duplicates.run),
     ("shard_tensors", shard_tensors.run),
+    ("simplify_collectives", simplify_collectives.run),
     ("dispatch_tokens", dispatch_tokens.run),
     ("shard_experts", shard_experts.run),
     ("randomness", randomness.run),
