@@ -20,6 +20,7 @@ Needs: layouts, from `shard_tensors`. Leaves true: layouts. Refuses: nothing.
 
 from __future__ import annotations
 
+import heapq
 import math
 import operator
 from collections import deque
@@ -66,7 +67,6 @@ class _Region:
         self.gm, self.tp = gm, tp
         self.split: dict[Node, Any] = {}
         self.needs: dict[Node, dict[Node, Layout]] = {}  # of the ops in `split`
-        self.never: set[Node] = set()
 
     def layout(self, a: Node) -> Any:
         return self.split.get(a, a.meta["layout"])
@@ -102,7 +102,7 @@ class _Region:
     def spread(self, pending: deque) -> None:
         while pending:
             node, wanted = pending.popleft()
-            if node in self.split or node in self.never:
+            if node in self.split:
                 continue
             needs = self.operands(node, wanted)
             if needs is None:
@@ -200,19 +200,40 @@ class _Region:
         return sum(self.share(n) for n in self.gm.graph.nodes if n.op != "output")
 
     def shrink(self) -> None:
-        """Values whose split does not pay become whole again, the last first, until none is left."""
+        """Values whose split does not pay become whole again, one at a time or all that hang on one whole value."""
         changed = True
         while changed:
             changed = False
-            for n in reversed(list(self.split)):
-                around = {n, *n.all_input_nodes, *(self.needs[n])}
-                before = sum(map(self.share, around))
-                label, needs = self.split.pop(n), self.needs.pop(n)
-                if self.consistent(n) and sum(map(self.share, around)) < before:
-                    self.never.add(n)
+            groups = [{n} for n in reversed(list(self.split))]
+            groups += [self.hanging(n) for n in self.gm.graph.nodes if n not in self.split and n.meta.get("grad")]
+            for group in groups:
+                group &= self.split.keys()
+                if group and self.pays(group):
                     changed = True
-                else:
-                    self.split[n], self.needs[n] = label, needs
+
+    def hanging(self, a: Node) -> set[Node]:
+        """The split values that are made of one whole value and of nothing else that is split."""
+        found: set[Node] = set()
+        pending = sorted(u for u in a.users if u in self.split)
+        while pending:
+            n = heapq.heappop(pending)
+            if n not in found and all(b in found for b in n.all_input_nodes if b in self.split):
+                found.add(n)
+                for user in n.users:
+                    if user in self.split:
+                        heapq.heappush(pending, user)
+        return found
+
+    def pays(self, group: set[Node]) -> bool:
+        """Makes a group of values whole if that is cheaper."""
+        around = {m for n in group for m in (n, *n.all_input_nodes, *self.needs[n])}
+        before = sum(map(self.share, around))
+        kept = {n: (self.split.pop(n), self.needs.pop(n)) for n in group}
+        if all(map(self.consistent, group)) and sum(map(self.share, around)) < before:
+            return True
+        for n, (label, needs) in kept.items():
+            self.split[n], self.needs[n] = label, needs
+        return False
 
     def consistent(self, n: Node) -> bool:
         """Whether a value that became whole can still be sliced or gathered: several results at once cannot be."""

@@ -517,6 +517,21 @@ def _cat(c: Call) -> Layout:
     return result
 
 
+@rule(aten.gather.default, aten.scatter.src, aten.scatter.value)
+def _by_index(c: Call) -> Layout:
+    """Along one dim, by an index of the same number of dims: all operands are split alike along another."""
+    dim = c.node.args[1] % ndim(c.node.args[0])
+    sharded = c.sharded()
+    if not sharded:
+        return c.default()
+    layout = c.layout(sharded[0])
+    for a in c.tensors():
+        if layout.dim == dim or c.layout(a) not in (layout, R) or shape(a)[layout.dim] != shape(c.node)[layout.dim]:
+            raise NoRule(f"{c.node.target} along the dim that is split")
+        c.need(a, layout)
+    return layout
+
+
 @rule(aten.slice_scatter.default)
 def _slice_scatter(c: Call) -> Layout:
     base, part, dim = c.node.args[0], c.node.args[1], c.arg(2, 0) % ndim(c.node)
