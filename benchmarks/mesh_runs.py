@@ -1,0 +1,409 @@
+"""The same training on one GPU and on two: are the losses the same, and what does a step take?
+
+    python -m benchmarks.mesh_runs --out benchmarks/results       # two GPUs, a few minutes
+    python -m benchmarks.mesh_runs --out /tmp/runs --cpu          # a tiny model on gloo, to try this file
+
+Every case of train_step.py on the meshes 1, tp=2, ep=2 and dp=2: bf16, NCCL, Inductor, 20 AdamW steps. Checked:
+
+- losses stay within 2e-2 of the one-GPU run's on the same batches (two data ranks: the mean of both ranks' losses
+  beside one GPU that averages the gradients of both batches);
+- parameters and buffers replicated over an axis are bit-equal on its ranks after the last step;
+- nothing compiles after the first step, neither here nor in torch.
+
+All jobs start together and compile side by side. The large ones then take turns to train, and each is timed alone, when
+nothing compiles any more; so `first_step_s` is from a cold cache beside the other compilations. Each job is a group of
+processes with a deadline: one that fails is reported, and the others go on. Writes mesh_runs.json after each job; the
+exit code is 1 unless every check passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+MESHES = ("tp=1", "tp=2", "ep=2", "dp=2")
+TOLERANCE = 2e-2
+UNITS = {
+    "step_ms": "ms", "forward_backward_ms": "ms", "tokens_per_s_per_gpu": "1/s", "peak_gib": "GiB", "first_step_s": "s",
+    "worst_loss_difference": "relative", "first_loss": "nats", "last_loss": "nats", "replicas_apart": "tensors",
+    "compilations_after_first_step": "count",
+}  # fmt: skip
+
+
+# ---- one process of a job
+
+
+def train(options: argparse.Namespace) -> None:
+    import torch
+    import torch.distributed as dist
+    import transformers
+
+    import tedcompile
+    from benchmarks import train_step
+    from tedcompile.mesh import MeshShape
+
+    rank = int(os.environ["RANK"])
+    if options.cpu:
+        device, sync = torch.device("cpu"), lambda: None
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+    else:
+        device, sync = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.synchronize
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl")
+    shape = MeshShape.parse(options.mesh)
+    mesh = dist.init_device_mesh(device.type, tuple(shape.as_dict().values()), mesh_dim_names=("dp", "ep", "tp"))
+    result = {
+        "losses": [],
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "gpu": "cpu" if options.cpu else torch.cuda.get_device_name(),
+        "clock_mhz": 0,
+    }
+    with contextlib.suppress(Exception):  # needs nvidia-ml-py
+        result["clock_mhz"] = torch.cuda.clock_rate()
+
+    def write() -> None:
+        if rank == 0:
+            part = options.out.with_suffix(".part")
+            part.write_text(json.dumps(result))
+            part.rename(options.out.with_suffix(".json"))
+
+    def turn(name: str) -> float:
+        """Waits until the driver says that this job may `name`; returns the seconds waited."""
+        start = time.perf_counter()
+        if rank == 0:
+            options.out.with_suffix(f".{name}?").touch()
+        while not options.out.with_suffix(f".{name}").exists():
+            time.sleep(0.05)
+        return time.perf_counter() - start
+
+    if not options.cpu:
+        torch.cuda.reset_peak_memory_stats()
+    data = [train_step.batches(options.case, r, device) for r in range(max(shape["data"], 2))]
+    model = train_step.build(options.case, torch.bfloat16, device)
+    start = time.perf_counter()
+    model = tedcompile.parallelize(model, mesh)
+    waited = 0.0
+    run = model._ted.run
+
+    def first_run(program, leaves):  # compiled, not yet run: the activations of several large models do not fit
+        nonlocal waited
+        del model._ted.run
+        if not options.cpu:
+            torch.cuda.empty_cache()
+        waited = turn("train")
+        return run(program, leaves)
+
+    model._ted.run = first_run
+    mine = data[tedcompile.data_rank(mesh)]
+
+    def new_optimizer():
+        return torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
+
+    def step(optimizer, *batches) -> torch.Tensor:
+        losses = []
+        for ids in batches:
+            losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss)
+            (losses[-1] / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return torch.stack(losses).mean().detach()
+
+    optimizer = new_optimizer()
+    losses = [step(optimizer, mine[0])]
+    sync()
+    result["first_step_s"] = time.perf_counter() - start - waited
+    compiled = compilations(model)
+    losses += [step(optimizer, mine[i % len(mine)]) for i in range(1, train_step.STEPS)]
+    result["losses"] = mean_over_data_ranks(torch.stack(losses).float(), model._ted.groups)
+    result["compilations_after_first_step"] = len(compilations(model) ^ compiled)
+    result["replicas_apart"] = len(apart(model, mesh))
+    write()
+
+    turn("time")
+    whole, partial = [], []
+    if not options.cpu:
+        torch.cuda.reset_peak_memory_stats()
+    for i in range(train_step.TIMED):
+        ids = mine[i % len(mine)]
+        dist.barrier()
+        sync()
+        start = time.perf_counter()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        sync()
+        partial.append(time.perf_counter() - start)
+        optimizer.step()
+        optimizer.zero_grad()
+        sync()
+        whole.append(time.perf_counter() - start)
+    result["forward_backward_ms"] = 1e3 * statistics.median(partial)
+    result["step_ms"] = 1e3 * statistics.median(whole)
+    result["tokens_per_s_per_gpu"] = mine[0].numel() / shape.tp / statistics.median(whole)
+    if not options.cpu:
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    write()
+
+    if shape.world == 1:  # the same compiled step again, from the start, now with the batches of two data ranks
+        optimizer = None
+        with torch.no_grad():
+            fresh = dict(train_step.build(options.case, torch.bfloat16, device).named_parameters())
+            for name, p in model.named_parameters():
+                p.to_local().copy_(fresh.pop(name))
+        optimizer = new_optimizer()
+        both = [[d[i % len(mine)] for d in data[:2]] for i in range(train_step.STEPS)]
+        result["losses_of_two"] = torch.stack([step(optimizer, *pair) for pair in both]).float().tolist()
+        write()
+    dist.destroy_process_group()
+
+
+def compilations(model) -> set:
+    """What has been compiled: our programs, and every counter of Dynamo, AOTAutograd and Inductor with its value."""
+    from torch._dynamo.utils import counters
+
+    return {*model._ted.programs} | {(a, b, n) for a, found in counters.items() for b, n in found.items()}
+
+
+def mean_over_data_ranks(losses, groups) -> list[float]:
+    import torch.distributed as dist
+
+    if "data" in groups.group:
+        dist.all_reduce(losses, group=groups.group["data"])
+        losses /= groups.shape["data"]
+    return losses.tolist()
+
+
+def apart(model, mesh) -> list[str]:
+    """Parameters and buffers that are replicated over an axis and not bit-equal on its ranks."""
+    import torch
+    import torch.distributed as dist
+
+    found = []
+    for axis in mesh.mesh_dim_names:
+        if mesh[axis].size() == 1:
+            continue
+        group = mesh.get_group(axis)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            placements = getattr(tensor, "placements", None)
+            if placements and not placements[mesh.mesh_dim_names.index(axis)].is_replicate():
+                continue
+            own = (tensor.to_local() if placements else tensor).detach().contiguous()
+            first = own.clone()
+            dist.broadcast(first, group_src=0, group=group)
+            different = torch.tensor(int(not bits(own).equal(bits(first))), device=own.device)
+            dist.all_reduce(different, group=group)
+            found += [name] * bool(different)
+    return found
+
+
+def bits(tensor):
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+# ---- the driver
+
+
+@dataclass
+class Job:
+    case: str
+    mesh: str
+    gpu: int  # of its first process
+    file: pathlib.Path
+    processes: list[subprocess.Popen] = field(default_factory=list)
+    ended: float = 0.0
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.case} {self.mesh}"
+
+    @property
+    def world(self) -> int:
+        return int(self.mesh.partition("=")[2])
+
+    def start(self, options: argparse.Namespace) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "benchmarks.mesh_runs", "--worker", "--case", self.case, "--mesh", self.mesh]
+        command += ["--out", str(self.file), *["--cpu"] * options.cpu]
+        for rank in range(self.world):
+            place = dict(RANK=rank, LOCAL_RANK=self.gpu + rank, WORLD_SIZE=self.world, MASTER_PORT=port)
+            environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}}
+            with self.file.with_suffix(f".{rank}.log").open("w") as log:
+                process = subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            self.processes.append(process)
+
+    def asked(self, what: str) -> bool:
+        return self.file.with_suffix(f".{what}?").exists()
+
+    def allow(self, what: str) -> None:
+        self.file.with_suffix(f".{what}").touch()
+
+    def poll(self) -> bool:
+        """Whether its processes still run. One that failed takes the others along: they would wait for it."""
+        codes = [p.poll() for p in self.processes]
+        if any(codes) and not self.error:
+            self.error, self.ended = f"a process ended with {next(filter(None, codes))}", time.monotonic()
+        if self.error and time.monotonic() > self.ended + 3:
+            self.kill()
+        return any(p.poll() is None for p in self.processes)
+
+    def kill(self) -> None:
+        for p in self.processes:
+            if p.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(p.pid, signal.SIGKILL)
+                p.wait()
+
+    def result(self) -> dict:
+        file = self.file.with_suffix(".json")
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def log(self, characters: int = 3000) -> str:
+        texts = [self.file.with_suffix(f".{r}.log").read_text(errors="replace") for r in range(self.world)]
+        return "\n".join(f"--- {self.name}, rank {r}\n{t[-characters:]}" for r, t in enumerate(texts) if t.strip())
+
+
+class Driver:
+    def __init__(self, options: argparse.Namespace, jobs: list[Job]):
+        self.options, self.jobs = options, jobs
+        self.deadline = time.monotonic() + options.seconds
+
+    def wait(self, until: Callable[[], bool], seconds: float) -> bool:
+        end = min(time.monotonic() + seconds, self.deadline)
+        while time.monotonic() < end and not until():
+            self.poll()
+            time.sleep(0.05)
+        return until()
+
+    def poll(self) -> list[Job]:
+        return [job for job in self.jobs if job.poll()]
+
+    def say(self, text: str) -> None:
+        print(f"[{self.options.seconds - (self.deadline - time.monotonic()):5.1f} s] {text}", flush=True)
+
+    def go(self) -> None:
+        for job in self.jobs:
+            job.start(self.options)
+        small = [job for job in self.jobs if job.case != "qwen3_4layers"]
+        large = [job for job in self.jobs if job not in small]
+        for job in small:  # these fit beside everything
+            job.allow("train")
+        compiled = lambda: (
+            all(job.asked("time") for job in small if job in self.poll())
+            and all(job.asked("train") for job in large if job in self.poll())
+        )
+        quiet = self.wait(compiled, self.options.seconds * 0.6)
+        self.say("all compiled" if quiet else "not all compiled in time; going on beside those that compile")
+        waiting = [*small, *large]
+        while waiting and time.monotonic() < self.deadline:
+            alive = self.poll()
+            waiting = [job for job in waiting if job in alive]
+            ready = [job for job in waiting if job.asked("time" if job in small else "train")]
+            if not ready:
+                time.sleep(0.05)
+                continue
+            job = ready[0]
+            waiting.remove(job)
+            job.allow("train")
+            job.allow("time")
+            self.wait(lambda job=job: not job.poll(), self.options.seconds)
+            self.say(f"{job.name} {job.error or 'ended'}")
+            self.report()
+        for job in self.poll():
+            job.error = job.error or "did not end in time"
+            job.kill()
+
+    def report(self) -> bool:
+        """Writes the rows of all results there are. Returns whether every check of every job passed."""
+        results = {(job.case, job.mesh): job.result() for job in self.jobs}
+        rows, good = [], True
+        for job in self.jobs:
+            found = results[job.case, job.mesh]
+            reference = results.get((job.case, "tp=1"), {})
+            want = reference.get("losses" if job.mesh.startswith("tp") else "losses_of_two", [])
+            have = found.get("losses", [])
+            if have:
+                found |= {"first_loss": have[0], "last_loss": have[-1]}
+            if want and have:
+                found["worst_loss_difference"] = max(abs(a - b) / abs(b) for a, b in zip(have, want))
+            good &= not job.error and "step_ms" in found and found.get("worst_loss_difference", 1.0) <= TOLERANCE
+            good &= found.get("replicas_apart") == 0 and found.get("compilations_after_first_step") == 0
+            facts = {key: found.get(key) for key in ("versions", "gpu", "clock_mhz")}
+            facts["date"] = datetime.date.today().isoformat()
+            system = f"tedcompile {job.mesh}"
+            rows += [
+                {"benchmark": "mesh_runs", "case": job.case, "system": system, "metric": metric, "value": found[metric],
+                 "unit": unit, **facts}
+                for metric, unit in UNITS.items() if metric in found
+            ]  # fmt: skip
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        (self.options.out / "mesh_runs.json").write_text(json.dumps(rows, indent=1) + "\n")
+        return good
+
+    def summary(self) -> None:
+        found = {}
+        for row in json.loads((self.options.out / "mesh_runs.json").read_text()):
+            found.setdefault((row["case"], row["system"]), {})[row["metric"]] = row["value"]
+        for job in self.jobs:
+            numbers = found.get((job.case, f"tedcompile {job.mesh}"), {})
+            print(job.name, {k: float(f"{v:.5g}") for k, v in numbers.items()}, job.error, flush=True)
+        print(*(job.log() for job in self.jobs if job.error), sep="\n", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    parser.add_argument("--cases", nargs="+", default=["demo", "qwen3_4layers"])
+    parser.add_argument("--meshes", nargs="+", default=list(MESHES))
+    parser.add_argument("--seconds", type=float, default=260.0, help="for everything")
+    parser.add_argument("--cpu", action="store_true", help="a tiny model on gloo")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--mesh", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        train(options)
+        return 0
+    if options.cpu:
+        options.cases = ["tiny"]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # of each of the many processes
+        # The one-GPU runs of the two models on a GPU each.
+        jobs = [
+            Job(case, mesh, i % 2 if mesh == "tp=1" else 0, pathlib.Path(folder, f"{case}-{mesh.replace('=', '')}.x"))
+            for i, case in enumerate(options.cases)
+            for mesh in options.meshes
+        ]
+        driver = Driver(options, jobs)
+        try:
+            driver.go()
+        finally:
+            for job in jobs:
+                job.kill()
+            good = driver.report()
+            driver.summary()
+    print("every check passed" if good else "NOT every check passed", flush=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
