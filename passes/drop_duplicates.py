@@ -65,6 +65,6 @@ def _resize(graph: Graph, block: Block, old: int, new: int) -> None:
     inside = {block.permute, *block.outputs.values(), *block.maps, *block.enters, *block.body, *block.leaves}
     for node in graph.nodes:
         if node in inside:
-            if node.target in shard_experts.SIZED and old in node.args[1]:
-                node.args = (node.args[0], [new if s == old else s for s in node.args[1]])
+            if node.target in shard_experts.SIZED and node.args[1][0] == old:
+                node.args = (node.args[0], [new, *node.args[1][1:]], *node.args[2:])
             node.meta["val"] = graphs.value_of(node)

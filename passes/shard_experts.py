@@ -11,6 +11,7 @@ Sizes are exact and depend on data; no token is dropped. (DeepSpeed-TED, arXiv 2
 Needs: canonical MoE ops; every weight of the body has the experts as its first dim.
 Leaves true: `meta["placements"]["ep"]` = Shard(0) on the weights of the body; layouts over tp unchanged.
 Refuses: nothing; a block that cannot be dispatched has no plan (`plan_dispatch` says why).
+Raises ValueError for a block whose weights an earlier signature has split and that is not a dispatch in this one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,14 @@ def run(gm: GraphModule, ctx) -> None:
             if dispatch is not None:
                 _dispatch(gm, Block.of(gm, node), ctx.shape, dispatch.axis)
     gm.graph.eliminate_dead_code()
+    for node in gm.graph.nodes:
+        parameter = node.meta.get("role", ("",))[0] == "parameter"
+        if parameter and ctx.fixed_axis(node, "ep") and "ep" not in node.meta.get("placements", {}):
+            why = "; ".join(dict.fromkeys(reason for _, reason in ctx.replicated))
+            raise ValueError(
+                f"{node.meta['role'][1]} is split over ep since an earlier call, and with these inputs it cannot be"
+                f"{': ' if why else ''}{why}"
+            )
 
 
 def _dispatch(gm: GraphModule, block: Block, mesh, axis: str) -> None:
@@ -116,20 +125,22 @@ def _repeat(a: Node, times: int) -> torch.Tensor:
     return value.new_empty((times * value.shape[0], *value.shape[1:]))
 
 
-SIZED = {aten.view.default, aten.reshape.default, aten.expand.default, aten._unsafe_view.default}
+SIZED = {
+    aten.view.default, aten.reshape.default, aten.expand.default, aten._unsafe_view.default, aten.new_zeros.default,
+    aten.new_ones.default, aten.new_empty.default, aten.new_full.default,
+}  # fmt: skip
 
 
 def unbake(graph, there: Node, number: int) -> None:
-    """Sizes of the body that were the static number of rows become the dispatched number."""
+    """Sizes of the body that were the static number of rows, always the first, become the dispatched number."""
     reached, size = {there}, None
     for node in graph.nodes:
         if not reached.intersection(node.all_input_nodes) or node.target in LEAVE:
             continue
         reached.add(node)
-        if node.target in SIZED and number in node.args[1]:
+        if node.target in SIZED and node.args[1][0] == number:  # another size may be the same number by chance
             if size is None:
-                with graph.insertinggraphs.after(there):
+                with graph.inserting_after(there):
                     size = graphs.call(graph, aten.sym_size.int, (there, 0), there, number)
                     size.meta["layout"] = R
-            first = node.args[1].index(number)
-            node.args = (node.args[0], [size if i == first else s for i, s in enumerate(node.args[1])])
+            node.args = (node.args[0], [size, *node.args[1][1:]], *node.args[2:])

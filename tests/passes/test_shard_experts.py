@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tedcompile import pipeline
+from tedcompile.capture import capture
 from tedcompile.mesh import MeshShape
 from tedcompile.ops import ops
 from tests.lockstep import distributed, parity, placements, text
@@ -144,3 +145,50 @@ def test_scores_before_the_experts_travel_too(monkeypatch):
 
     gm = parity(Scaled(), batches(2), MeshShape(ep=2), monkeypatch)
     assert pipeline.collectives(gm)["all_to_all"] == 4
+
+
+class Reshaped(Experts):
+    """Sizes of the body written out; the rows are as many as the features."""
+
+    def forward(self, x, skew):
+        weights, index = (self.router(x) + skew).softmax(-1).topk(2)
+        rows, counts, perm, order = ops.permute(x, index, self.experts)
+        y = ops.grouped_mm(rows.view(-1, H), self.up, counts)
+        y = F.silu(y.view(rows.shape[0], 2, I).sum(1)) + y.new_zeros(rows.shape[0], I)
+        y = ops.grouped_mm(y.view(-1, I), self.down, counts).view(-1, H)
+        return x + ops.unpermute(y, perm, order, weights)
+
+
+@pytest.mark.parametrize("tokens", [H // 2, I // 2, I, T])
+def test_sizes_that_equal_the_number_of_rows(tokens, monkeypatch):
+    inputs = [{**b, "x": b["x"].repeat(2, 1)[:tokens]} for b in batches(2)]
+    gm = parity(Reshaped(), inputs, MeshShape(ep=2), monkeypatch)
+    assert {n for n, p in placements(gm).items() if "ep" in p} == {"up", "down"}
+
+
+@pytest.mark.parametrize("mix", [lambda y: y.cumsum(0), lambda y: y.flip(0), lambda y: y.softmax(-2)])
+def test_a_body_that_mixes_rows_stays_whole(mix):
+    class Mixed(Experts):
+        def forward(self, x, skew):
+            weights, index = (self.router(x) + skew).softmax(-1).topk(2)
+            rows, counts, perm, order = ops.permute(x, index, self.experts)
+            y = ops.grouped_mm(mix(ops.grouped_mm(rows, self.up, counts)[:, :I]), self.down, counts)
+            return ops.unpermute(y, perm, order, weights)
+
+    gm, ctx = distributed(Mixed(), batches(1)[0], MeshShape(ep=2))
+    assert not any("ep" in p for p in placements(gm).values())
+    assert any("in another order than that of the experts" in reason for _, reason in ctx.replicated)
+
+
+def test_weights_that_an_earlier_signature_split_must_be_split():
+    class Sometimes(Experts):
+        def forward(self, x, skew):
+            if len(x) > 2:
+                return super().forward(x, skew)
+            return x + (x @ self.up[0]).chunk(2, -1)[0] @ self.down[0]
+
+    gm, _ = distributed(Sometimes(), batches(1)[0], MeshShape(ep=2))
+    ctx = pipeline.Context(MeshShape(ep=2), pipeline.placements(gm))
+    few = {**batches(1)[0], "x": torch.zeros(1, H, dtype=torch.float64)}
+    with pytest.raises(ValueError, match="up is split over ep since an earlier call, and with these inputs"):
+        pipeline.run_forward(capture(Sometimes(), few), ctx)
