@@ -44,6 +44,7 @@ FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("recognise_sorted", recognise_sorted.run),
     ("causal_mask", causal_mask.run),
     ("expand_random", randomness.expand),
+    ("sum_buffers", sum_buffers.run),
     ("plan_dispatch", plan_dispatch.run),
     ("drop_duplicates", drop_duplicates.run),
     ("shard_tensors", shard_tensors.run),
@@ -51,7 +52,6 @@ FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("dispatch_tokens", dispatch_tokens.run),
     ("shard_experts", shard_experts.run),
     ("randomness", randomness.run),
-    ("sum_buffers", sum_buffers.run),
 ]
 CHECKED_FROM = "shard_tensors"
 
