@@ -99,12 +99,12 @@ def set_facts(node: Node) -> None:
     """`grad`: a gradient flows through this value. `weights_only`: it is made of parameters alone."""
     role = node.meta.get("role", ("",))
     if node.op == "placeholder":
-        node.meta["grad"] = role[0] == "parameter" and node.meta.get("requires_grad", True)
+        node.meta["grad"] = role[0] == "parameter" or node.meta.get("requires_grad", False)
         node.meta["weights_only"] = role[0] == "parameter"
         return
     inputs = node.all_input_nodes
     value = node.meta.get("val")
-    floating = not isinstance(value, torch.Tensor) or value.is_floating_point()
+    floating = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
     node.meta["grad"] = floating and any(a.meta.get("grad") for a in differentiated(node))
     sources = inputs[:1] if node.target is ops.per_expert.default else inputs
     node.meta["weights_only"] = bool(sources) and all(a.meta.get("weights_only") for a in sources)

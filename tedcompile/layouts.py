@@ -381,6 +381,14 @@ def _permute_dims(c: Call) -> Layout:
     return S(order.index(layout.dim), layout.sections) if layout.kind == "S" else layout
 
 
+@rule(aten.view_as_complex.default, aten.view_as_real.default)
+def _complex(c: Call) -> Layout:
+    layout = c.layout(c.node.args[0])
+    if layout.kind == "S" and layout.dim == ndim(c.node):
+        raise NoRule("a complex value whose parts are split")
+    return layout
+
+
 @rule(aten.unsqueeze.default)
 def _unsqueeze(c: Call) -> Layout:
     layout = c.layout(c.node.args[0])
@@ -435,16 +443,49 @@ def _repeat_interleave(c: Call) -> Layout:
     return layout  # blocks stay contiguous, also along the split dim
 
 
-@rule(aten.slice.Tensor)
+@rule(aten.expand_as.default)
+def _expand_as(c: Call) -> Layout:
+    a, other = c.node.args
+    sharded = c.sharded()
+    if not sharded:
+        return c.default()
+    layout = c.layout(sharded[-1])
+    rel = layout.dim - ndim(sharded[-1])
+    result = S(ndim(c.node) + rel, layout.sections)
+    c.need(a, S(ndim(a) + rel, layout.sections) if ndim(a) >= -rel and shape(a)[rel] != 1 else E)
+    c.need(other, result)
+    if any(c.layout(x) != c.needs[x] for x in sharded):
+        raise NoRule("expand_as of operands split on different dims")
+    return result
+
+
+@rule(aten.movedim.int, aten.movedim.intlist)
+def _movedim(c: Call) -> Layout:
+    layout = c.layout(c.node.args[0])
+    sources, targets = (
+        [d % ndim(c.node) for d in (ds if isinstance(ds, (list, tuple)) else [ds])] for ds in c.node.args[1:3]
+    )
+    if layout.kind != "S":
+        return layout
+    if layout.dim in sources:
+        return S(targets[sources.index(layout.dim)], layout.sections)
+    free = [d for d in range(ndim(c.node)) if d not in targets]
+    return S(free[layout.dim - sum(s < layout.dim for s in sources)], layout.sections)
+
+
+@rule(aten.slice.Tensor, aten.narrow.default)
 def _slice(c: Call) -> Layout:
     a, dim, start, end, step = c.node.args[0], c.arg(1, 0), c.arg(2), c.arg(3), c.arg(4, 1)
+    narrow = c.node.target is aten.narrow.default  # has a length in place of an end
     layout = c.layout(a)
     if layout.kind != "S" or dim % ndim(a) != layout.dim:
         return layout
     dim, size = layout.dim, shape(a)[layout.dim]
     start = 0 if start is None else min(max(start + size if start < 0 else start, 0), size)
-    end = size if end is None else min(max(end + size if end < 0 else end, 0), size)
+    end = start + end if narrow else size if end is None else min(max(end + size if end < 0 else end, 0), size)
     if end - start == size and step == 1:
+        if narrow:
+            c.args = (a, dim, 0, size // c.tp)
         return layout
     if step != 1:
         if layout.sections or end != size or start >= step or (size // c.tp) % step:
@@ -457,7 +498,7 @@ def _slice(c: Call) -> Layout:
     if start not in edges or end not in edges:
         raise NoRule(f"a slice [{start}:{end}] across the sections {layout.sections}")
     inside = layout.sections[edges.index(start) : edges.index(end)]
-    c.args = (a, dim, start // c.tp, end // c.tp)
+    c.args = (a, dim, start // c.tp, (end - start * narrow) // c.tp)
     return S(dim, inside if len(inside) > 1 else ())
 
 
