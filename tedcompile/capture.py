@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import re
 import traceback
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,18 @@ def fake_weights(model: torch.nn.Module, mode) -> Iterator[None]:
             slot.update(values)
 
 
+@contextlib.contextmanager
+def _own_hooks_off(model: torch.nn.Module) -> Iterator[None]:
+    saved = {name: getattr(model, name) for name in ("_forward_hooks", "_forward_pre_hooks")}
+    for name in saved:
+        setattr(model, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for name, hooks in saved.items():
+            setattr(model, name, hooks)
+
+
 GROUPED = {torch._grouped_mm, getattr(torch.nn.functional, "grouped_mm", None)}
 
 
@@ -92,8 +105,9 @@ class _GroupedProducts(torch.overrides.TorchFunctionMode):
 
 
 def capture(model: torch.nn.Module, kwargs: dict[str, Any]) -> Captured:
-    """Captures `model(**kwargs)`; only shapes and dtypes of the tensors count.
+    """Captures `model.forward(**kwargs)`; of the tensors only shapes, dtypes and whether they need a gradient count.
 
+    Forward hooks of the model itself are not in the graph, for calling the model runs them; those of its modules are.
     Raises ValueError that names the user's source line when the forward depends on data in a way no graph can hold.
     """
     find_hooks(model)
@@ -109,12 +123,18 @@ def capture(model: torch.nn.Module, kwargs: dict[str, Any]) -> Captured:
     inputs = [fake(leaf) for leaf in leaves]
     fake_kwargs = pytree.tree_unflatten(inputs, spec)
     try:
-        with frontends.prepared(model), fake_weights(model, mode), keep_functions(), _GroupedProducts(), mode:
+        with (
+            frontends.prepared(model), fake_weights(model, mode), _own_hooks_off(model), keep_functions(),
+            _GroupedProducts(), mode,
+        ):  # fmt: skip
             program = torch.export.export(model, (), fake_kwargs, strict=False)
     except Exception as error:
         raise _explained(error, model) from error
     gm = program.graph_module
     constants = _set_roles(gm, program)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and node.meta["role"][0] == "input":
+            node.meta["requires_grad"] = getattr(leaves[node.meta["role"][1]], "requires_grad", False)
     _inline_regions(gm)
     for node in reversed(gm.graph.nodes):
         if "assert" in str(node.target) or "sym_constrain" in str(node.target):

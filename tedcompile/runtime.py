@@ -7,6 +7,7 @@ they compare which signature they are about to run, on the host: a rank that dis
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -84,6 +85,13 @@ class Runtime:
         self.replicated: list[tuple[str, str]] = []
         self.slots: dict[str, tuple[dict, str]] = {}
 
+    def __deepcopy__(self, memo: dict) -> Runtime:
+        """For a copy of the model: compiled programs and groups are shared, parameters are the copy's own."""
+        other = copy.copy(self)
+        other.slots = copy.deepcopy(self.slots, memo)
+        other.programs, other.ready = dict(self.programs), dict(self.ready)
+        return other
+
     # ---- calling
 
     def __call__(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -135,11 +143,16 @@ class Runtime:
 
     def signature(self, model: torch.nn.Module, leaves: list, spec: pytree.TreeSpec) -> tuple:
         device = self.groups.device.type
-        facts = tuple((x.dtype, tuple(x.shape)) if isinstance(x, torch.Tensor) else ("constant", x) for x in leaves)
+        grad = torch.is_grad_enabled()
+        facts = tuple(
+            (x.dtype, tuple(x.shape), grad and x.requires_grad) if isinstance(x, torch.Tensor) else ("constant", x)
+            for x in leaves
+        )
+        learns = hash(tuple(e[n].requires_grad for e, n in self.slots.values() if e.get(n) is not None))
         weights = tuple(dict.fromkeys(e[n].dtype for e, n in self.slots.values() if e.get(n) is not None))
         training = tuple(m.training for m in model.modules())
         autocast = (torch.get_autocast_dtype(device), True) if torch.is_autocast_enabled(device) else None
-        return (facts, str(spec), weights, hash(training), model.training, torch.is_grad_enabled(), autocast)
+        return (facts, str(spec), weights, hash(training), model.training, grad, learns, autocast)
 
     def agree(self, key: tuple) -> None:
         """All ranks are about to run the same signature; ValueError on all of them otherwise."""

@@ -270,7 +270,62 @@ def autocast():
             assert close(p.grad.full_tensor(), q.grad, 0.2), name
 
 
-CASES = {everyday_use: 4, outputs: 2, disagreement: 2, bad_input: 2, random_numbers: 4, autocast: 4}
+def pairs(model, plain):
+    return zip(model.parameters(), plain.parameters(), strict=True)
+
+
+def second_thoughts():
+    """Weights frozen and freed between steps, a gradient of the inputs, the model's own hooks, and a copy of it."""
+    mesh = mesh_of(dp=2, tp=2)
+    rank = tedcompile.data_rank(mesh)
+    plain, model = Loss(), Loss()
+    for m in (plain, model):
+        m.register_forward_pre_hook(lambda m, args, kwargs: (args, {**kwargs, "scale": 0.5}), with_kwargs=True)
+        m.register_forward_hook(lambda m, args, loss: 2 * loss)
+        m.inner.up.register_forward_hook(lambda m, args, y: 3 * y)
+        m.inner.down.requires_grad_(False)
+    tedcompile.parallelize(model, mesh, example_inputs=batch(0), backend="eager")
+    for learns in (lambda n: "down" not in n, lambda n: True, lambda n: "embed" in n):
+        for m in (plain, model):
+            m.zero_grad()
+            for n, p in m.named_parameters():
+                p.requires_grad_(learns(n))
+        (sum(plain(**batch(r)) for r in range(2)) / 2).backward()
+        model(**batch(rank)).backward()
+        for p, q in pairs(model, plain):
+            assert (p.grad is None) == (q.grad is None)
+            assert q.grad is None or close(p.grad.full_tensor(), q.grad)
+
+    before = model(**batch(rank)).item()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert model(**batch(rank)).item() == before
+    assert twin(**batch(rank)).item() == pytest.approx(2 * torch.tensor(32.0).log().item())
+    twin(**batch(rank)).backward()
+    assert all(p.grad is None or p.grad is not q.grad for p, q in pairs(twin, model))
+
+    class Square(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+        def forward(self, x):
+            return self.mlp(x).square().mean()
+
+    plain = Square()
+    model = tedcompile.parallelize(copy.deepcopy(plain), mesh, example_inputs=(torch.zeros(4, 16),), backend="eager")
+    with torch.no_grad():
+        for p, q in pairs(model, plain):
+            q.copy_(full(p))  # rank 0's weights
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(rank))
+    xs = [x.clone().requires_grad_() for _ in range(2)]
+    plain(xs[0]).backward(), model(xs[1]).backward()
+    assert close(xs[1].grad, xs[0].grad)
+
+
+CASES = {second_thoughts: 4, everyday_use: 4, outputs: 2, disagreement: 2, bad_input: 2, random_numbers: 4, autocast: 4}
 
 
 def run(rank, world, port, function):
