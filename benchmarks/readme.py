@@ -1,4 +1,7 @@
-"""Writes the README's tables from benchmarks/results/*.json: python -m benchmarks.readme"""
+"""Writes the README's tables from benchmarks/results/*.json: python -m benchmarks.readme
+
+The table of NAME.json goes between <!-- NAME --> and <!-- /NAME -->.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,22 @@ import re
 from tabulate import tabulate
 
 HERE = pathlib.Path(__file__).parent
-NAMES = {"forward_backward_ms": "forward + backward, ms", "tokens_per_s_per_gpu": "tokens/s per GPU",
+NAMES = {"forward_backward_ms": "forward + backward, ms", "step_ms": "step, ms", "tokens_per_s_per_gpu": "tokens/s per GPU",
          "peak_gib": "peak memory, GiB", "first_step_s": "first step, s",
-         "worst_loss_difference": "loss, 20 steps, against HF eager"}  # fmt: skip
+         "worst_loss_difference": "loss, 20 steps, against the first"}  # fmt: skip
 SYSTEMS = {"hf_eager": "Hugging Face, grouped_mm", "hf_compile": "Hugging Face, grouped_mm + torch.compile"}
 
 
-def train_step() -> str:
+def steps(name: str) -> str:
     rows: dict[tuple[str, str], dict[str, float]] = {}
-    for entry in json.loads((HERE / "results" / "train_step.json").read_text()):
+    for entry in json.loads((HERE / "results" / f"{name}.json").read_text()):
         rows.setdefault((entry["case"], entry["system"]), {})[entry["metric"]] = entry["value"]
+    metrics = [metric for metric in NAMES if any(metric in found for found in rows.values())]
     lines = [
-        [case, SYSTEMS.get(system, system), *map(_show, map(found.get, NAMES))]
+        [case, SYSTEMS.get(system, system), *map(_show, map(found.get, metrics))]
         for (case, system), found in rows.items()
     ]
-    return tabulate(lines, ["model", "system", *NAMES.values()], tablefmt="github", disable_numparse=True)
+    return tabulate(lines, ["model", "system", *map(NAMES.get, metrics)], tablefmt="github", disable_numparse=True)
 
 
 def _show(value: float | None) -> str:
@@ -66,10 +70,12 @@ def paper(part: str) -> str:
 def main() -> None:
     readme = HERE.parent / "README.md"
     text = readme.read_text()
-    tables = {"train_step": train_step, **{f"paper_{part}": functools.partial(paper, part) for part in PAPER}}
+    tables = {name: functools.partial(steps, name) for name in ("train_step", "mesh_runs")}
+    tables |= {f"paper_{part}": functools.partial(paper, part) for part in PAPER}
     for name, table in tables.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        text = re.sub(f"(?s){begin}.*{end}", lambda _: f"{begin}\n{table()}\n{end}", text)  # noqa: B023
+        if (HERE / "results" / f"{name.partition('_')[0] if name.startswith('paper') else name}.json").exists():
+            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+            text = re.sub(f"(?s){begin}.*{end}", lambda _: f"{begin}\n{table()}\n{end}", text)  # noqa: B023
     readme.write_text(text)
 
 

@@ -113,15 +113,14 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
 def _quiet() -> Iterator[None]:
     """What models print and libraries log is not part of the answer: on stderr, and not beside an error."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logger, noise = logging.getLogger("torch"), io.StringIO()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    noise = io.StringIO()
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
     sys.stderr.write(noise.getvalue())
 
 

@@ -127,6 +127,7 @@ def analyse(
     machine = machines.load(options.machine) if options.machine else machines.default("cuda")
     ctx = pipeline.Context(shape, dump=dump, show=listing.lines, options=options, machine=machine)
     gm = pipeline.run_forward(captured, ctx)
+    pipeline.require_axes(gm, ctx)
     facts = {
         "model": name,
         "mesh": shape.as_dict(),

@@ -218,6 +218,10 @@ def test_errors():
         explain(3, "tp=2")
     with pytest.raises(ValueError, match="unknown mesh axis 'xp'"):
         explain("mixtral", "xp=2")
+    with pytest.raises(ValueError, match="tp=5 cannot work, no parameter divides over it: .*; tp = 2, 4, 8 would"):
+        tiny("mixtral", "tp=5")
+    with pytest.raises(ValueError, match="8 experts do not divide over ep=3; ep = 2, 4, 8 would"):
+        tiny("mixtral", "ep=3")
     with pytest.raises(ValueError, match="the passes are functionalise, "):
         analyse("mixtral", "tp=2", dump="polish")
 
