@@ -438,7 +438,7 @@ def grouped_mm(rows, weight, counts):
     """rows (N, H) sorted by expert, weight (E, H, I), counts (E,) -> (N, I): each row times its expert's matrix."""
     rows = rows.contiguous()
     if _grouped(rows, weight, counts):
-        return torch._grouped_mm(rows, weight, offs=_offsets(counts))
+        return torch._grouped_mm(rows, weight, offs=_offsets(counts)).contiguous()  # its rows may be padded
     parts = rows.split(counts.tolist())
     return torch.cat([part @ weight[e] for e, part in enumerate(parts)])
 
@@ -451,7 +451,7 @@ def grouped_outer(rows, g, counts):
     """rows (N, H), g (N, I), counts (E,) -> (E, H, I): rows' transposed times g, for each expert; zeros for no rows."""
     rows, g = rows.contiguous(), g.contiguous()
     if _grouped(rows, g, counts):
-        return torch._grouped_mm(rows.t(), g, offs=_offsets(counts))
+        return torch._grouped_mm(rows.t(), g, offs=_offsets(counts)).contiguous()
     sizes = counts.tolist()
     return torch.stack([a.t() @ b for a, b in zip(rows.split(sizes), g.split(sizes), strict=True)])
 

@@ -232,3 +232,12 @@ def test_moves_in_two_processes():
             if p.is_alive():
                 p.kill()
         assert [p.exitcode for p in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_have_the_strides_that_inductor_is_told(dtype):
+    """torch pads the rows of a result whose width is no multiple of 16 bytes."""
+    rows, counts = tensor(6, 16, dtype=dtype).detach(), torch.tensor([2, 0, 3, 1])
+    assert ops.grouped_mm(rows, tensor(4, 16, 10, dtype=dtype).detach(), counts).stride() == (10, 1)
+    assert ops.grouped_outer(rows, rows[:, :10].contiguous(), counts).stride() == (160, 10, 1)
+    assert ops.grouped_outer(tensor(6, 10, dtype=dtype).detach(), rows, counts).stride() == (160, 16, 1)
