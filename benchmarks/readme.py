@@ -13,8 +13,8 @@ import re
 from tabulate import tabulate
 
 HERE = pathlib.Path(__file__).parent
-NAMES = {"forward_backward_ms": "forward + backward, ms", "step_ms": "step, ms", "tokens_per_s_per_gpu": "tokens/s per GPU",
-         "peak_gib": "peak memory, GiB", "first_step_s": "first step, s",
+NAMES = {"forward_backward_ms": "forward + backward, ms", "step_ms": "step, ms",
+         "tokens_per_s_per_gpu": "tokens/s per GPU", "peak_gib": "peak memory, GiB", "first_step_s": "first step, s",
          "worst_loss_difference": "loss, 20 steps, against the first"}  # fmt: skip
 SYSTEMS = {"hf_eager": "Hugging Face, grouped_mm", "hf_compile": "Hugging Face, grouped_mm + torch.compile"}
 

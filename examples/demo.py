@@ -155,6 +155,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--backend", choices=["inductor", "eager"], default="inductor")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
     device = "cuda" if torch.cuda.device_count() >= WORLD else "cpu"
 
     mesh = " ".join(f"{axis}={size}" for axis, size in MESH.items())

@@ -95,8 +95,12 @@ class Runtime:
     # ---- calling
 
     def __call__(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
-        with plain(model):
-            named = bind(model.forward, args, kwargs)
+        try:
+            with plain(model):
+                named = bind(model.forward, args, kwargs)
+        except TypeError as error:
+            self.agree(((f"a call that fails: {error}",),))  # the other ranks may have called it well, and wait
+            raise
         leaves, spec = pytree.tree_flatten(named)
         leaves = [torch.tensor(x) if type(x) in (int, float) else x for x in leaves]
         key = self.signature(model, leaves, spec)

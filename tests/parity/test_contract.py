@@ -140,6 +140,8 @@ def disagreement():
         model(**batch(rank))
     with pytest.raises(ValueError, match="disagree on their inputs"):
         model(**batch(0, seq=8 + rank))
+    with pytest.raises(ValueError, match="disagree on their inputs.*a call that fails.*label"):
+        model(ids=batch(0)["ids"], **{"label" if rank else "labels": batch(0)["labels"]})
     model(**batch(0))["loss"].backward()
 
     class Moody(MLP):
