@@ -211,6 +211,12 @@ def module_path(node: Node) -> str:
     return next(reversed(list(stack.values())), ("",))[0] if stack else ""
 
 
+def layer_of(path: str) -> str:
+    """`model.layers.3.mlp` to `model.layers.3`; empty outside of numbered modules."""
+    found = re.match(r"(.*?(?<![^.])\d+)(?![^.])", path)
+    return found[1] if found else ""
+
+
 def _explained(error: Exception, model: torch.nn.Module) -> Exception:
     if (
         isinstance(error, (ValueError, TypeError))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch._functorch.aot_autograd import (  # noqa: F401
     aot_compile_joint_with_descriptors,
     aot_export_joint_with_descriptors,
 )
-from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: F401
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: F401
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: F401
 
 
@@ -20,6 +24,51 @@ def compile_fx_inner(*args, **kwargs):
     from torch._inductor.compile_fx import compile_fx_inner  # seconds, and only this backend needs it
 
     return compile_fx_inner(*args, **kwargs)
+
+
+def partition(joint: GraphModule, inputs: Any, **options: Any) -> tuple[GraphModule, GraphModule]:
+    """Forward and backward of a joint graph, by the least bytes kept between them and by nodes' recompute tags.
+
+    torch takes every attention kernel for random, also without dropout, and would save and restore generators around
+    one that is recomputed: it does not see them. Random ops of ours draw from a seed.
+    """
+    stand_ins: dict[Any, Any] = {}
+    for node in joint.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            node.target = stand_ins.setdefault(node.target, _StandIn(node.target))
+    forward, backward = min_cut_rematerialization_partition(joint, inputs, **options)
+    for gm in (joint, forward, backward):
+        for node in gm.graph.nodes:
+            if isinstance(node.target, _StandIn):
+                node.target = node.target.op
+        gm.recompile()
+    return forward, backward
+
+
+class _StandIn:
+    """What a graph calls instead of an op, while the op's tags are to be hidden."""
+
+    def __init__(self, op: Any):
+        self.op, self.__name__, self.__module__ = op, op.__name__, __name__
+
+    def __call__(self, *args, **kwargs):
+        return self.op(*args, **kwargs)
+
+
+def saved_names(joint: GraphModule, outputs: int) -> list[str]:
+    """The nodes that `partition` keeps between forward and backward; `outputs` of the joint graph are the forward's."""
+    forward, _ = partition(joint, (), num_fwd_outputs=outputs)
+    return [node.name for node in forward.graph.output_node().args[0][outputs:]]
+
+
+def cse(graph: Graph) -> Graph:
+    """A copy of the graph in which what is computed twice is computed once."""
+    return fx_graph_cse(graph)
+
+
+def expression(size: torch.SymInt) -> Any:
+    """A symbolic size as a sympy expression."""
+    return size.node.expr
 
 
 def select_decomp_table():

@@ -14,7 +14,8 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from tedcompile import compat
-from tedcompile.passes import lower, reduce_gradients
+from tedcompile.options import Options
+from tedcompile.passes import checkpoint, lower, reduce_gradients, save_collectives, small_sizes
 from tedcompile.pipeline import Context, run_pass
 
 BACKENDS = ("inductor", "eager")
@@ -121,14 +122,32 @@ def build(
                 for i, n in enumerate(placeholders)
                 if n.meta["role"][0] == "parameter"
             }
-            run_pass("reduce_gradients", reduce_gradients.run, graph, ctx)
+            ctx.outputs = first
+            for name, run in _joint_passes(ctx.options):
+                run_pass(name, run, graph, ctx)
         stack_free = _compiler(backend, names)
         return compat.aot_compile_joint_with_descriptors(
             joint,
-            partition_fn=compat.min_cut_rematerialization_partition,
+            partition_fn=partition,
             fw_compiler=stack_free(False, not train),
             bw_compiler=stack_free(True, False),
         )
+
+
+def _joint_passes(options: Options) -> list[tuple[str, Callable]]:
+    passes: list[tuple[str, Callable]] = [("reduce_gradients", reduce_gradients.run), ("small_sizes", small_sizes.run)]
+    if options.checkpoint != "none":
+        if options.saves_collectives:
+            passes.append(("save_collectives", save_collectives.run))
+        passes.append(("checkpoint", checkpoint.run))
+    return passes
+
+
+def partition(joint: GraphModule, inputs: Any, **options: Any) -> tuple[GraphModule, GraphModule]:
+    forward, backward = compat.partition(joint, inputs, **options)
+    checkpoint.replay(backward)
+    backward.recompile()
+    return forward, backward
 
 
 def _erase_asserts(gm: GraphModule) -> None:

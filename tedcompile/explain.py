@@ -30,12 +30,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule, Node
 
 from tedcompile import cost, frontends, graphs, layouts, machines, pipeline
-from tedcompile.capture import bind, capture, module_path
+from tedcompile.capture import bind, capture, layer_of, module_path
 from tedcompile.layouts import Call, Layout, NoRule, R, Sections, aten
 from tedcompile.mesh import MeshShape, shape_of
 from tedcompile.ops import ops
 from tedcompile.options import Options
-from tedcompile.passes import reduce_gradients
+from tedcompile.passes import checkpoint, reduce_gradients, small_sizes
 from tedcompile.plan import CHAIN
 from tedcompile.runtime import plain, select_outputs
 
@@ -142,7 +142,7 @@ def analyse(
             }
             for r in ctx.records
         ],
-        "collectives": collectives(gm, shape, [block for _, block, _ in ctx.choices]),
+        "collectives": collectives(gm, shape, options, [block for _, block, _ in ctx.choices]),
         "parameters": [_parameter(n, shape) for n in _parameters(gm)],
         "replicated": _replicated(ctx.replicated),
         "machine": machine.name,
@@ -389,7 +389,67 @@ def _cotangents(gm: GraphModule) -> set[Node]:
     return found
 
 
-def collectives(gm: GraphModule, mesh: MeshShape, blocks: Sequence[cost.Block] = ()) -> list[dict[str, Any]]:
+# what the VJP of an op reads of its operands' values, where that is not all of them. It reads none of these
+PASSED = {
+    operator.getitem, aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.view.default, aten.reshape.default,
+    aten._unsafe_view.default, aten.flatten.using_ints, aten.transpose.int, aten.permute.default, aten.t.default,
+    aten.expand.default, aten.squeeze.dim, aten.unsqueeze.default, aten.slice.Tensor, aten.select.int, aten.cat.default,
+    aten.stack.default, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.contiguous.default,
+    aten.clone.default, aten.alias.default, aten.to.dtype, aten._to_copy.default, aten.sum.default,
+    aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar,
+    aten.sub.Scalar, aten.constant_pad_nd.default, aten.pad.default, aten.slice_scatter.default,
+    aten.repeat_interleave.self_int, aten.topk.default, ops.enter.default, ops.share.default, ops.slice.default,
+    ops.gather.default, ops.all_reduce.default, ops.all_to_all.default, ops.all_to_all_like.default,
+}  # fmt: skip
+# of these two operands each for the gradient of the other one
+MULTIPLIED = {aten.mul.Tensor: (0, 1), aten.matmul.default: (0, 1), aten.mm.default: (0, 1), aten.bmm.default: (0, 1),
+              aten.linear.default: (0, 1), ops.grouped_mm.default: (0, 1), ops.unpermute.default: (0, 3)}  # fmt: skip
+# these operands (indices, masks)
+INDEXED = {aten.index.Tensor: (1,), aten.gather.default: (2,), aten.embedding.default: (1,), aten.where.self: (0,),
+           aten.masked_fill.Scalar: (1,), ops.embedding_shard.default: (1,), ops.pick.default: (1,),
+           ops.permute.default: (1,), ops.take.default: (1, 2), ops.gather_sum.default: (1, 2),
+           ops.per_expert.default: (1,)}  # fmt: skip
+
+
+def _read(node: Node) -> list[Node]:
+    """The operands whose values the backward reads, of an op that gets a gradient."""
+    found: list[Node] = []
+    if node.target in MULTIPLIED:
+        a, b = (node.args[i] for i in MULTIPLIED[node.target])
+        return [x for x, y in ((a, b), (b, a)) if isinstance(x, Node) and isinstance(y, Node) and y.meta.get("grad")]
+    if node.target not in PASSED:
+        torch.fx.map_arg([node.args[i] for i in INDEXED.get(node.target, range(len(node.args)))], found.append)
+    return found
+
+
+def _replayed(gm: GraphModule, got: set[Node], options: Options) -> Iterator[Node]:
+    """The collectives that recomputing the layers sends again, in the order of the forward."""
+    if options.checkpoint == "none" or options.saves_collectives:
+        return
+    forward = graphs.forward_nodes(gm.graph)
+    kept, run = checkpoint.kept(forward), set()
+    pending = [a for n in forward if n in got and n.op == "call_function" for a in _read(n)]
+    while pending:
+        node = pending.pop()
+        routing = node.target is operator.getitem and node.args[0].target is ops.permute.default and node.args[1] > 0
+        if node.op == "placeholder" or routing or node in run or node in kept or not layer_of(module_path(node)):
+            continue
+        run.add(node)
+        rows = small_sizes.ROWS.get(node.target)
+        pending += [a for a in node.all_input_nodes if rows is None or a is not node.args[rows]]
+    seen = set()
+    for node in forward:
+        if node in run and graphs.collective(node) and (node.target, node.args) not in seen:
+            seen.add((node.target, node.args))
+            yield node
+
+
+def collectives(
+    gm: GraphModule,
+    mesh: MeshShape,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    blocks: Sequence[cost.Block] = (),
+) -> list[dict[str, Any]]:
     """Every collective of a training step, grouped by what it is and by the module pattern it belongs to."""
     shapes, letters = _Shapes(gm, mesh), _Letters(gm, list(blocks))
     got = _cotangents(gm)
@@ -402,11 +462,13 @@ def collectives(gm: GraphModule, mesh: MeshShape, blocks: Sequence[cost.Block] =
 
     for node in gm.graph.nodes:
         name = _ted(node)
-        if name in pipeline.KINDS:
+        if name in graphs.KINDS:
             role = "parameter" if node.args[0].meta["weights_only"] else "payload"
             role = role if node.args[0].meta["val"].is_floating_point() else "counts"
             module = _pattern(module_path(node))
-            add(pipeline.KINDS[name], node.args[-1], role, "forward", module, [node.args[0]])
+            add(graphs.KINDS[name], node.args[-1], role, "forward", module, [node.args[0]])
+    for node in _replayed(gm, got, options):
+        add(graphs.collective(node), node.args[-1], "payload", "recompute", _pattern(module_path(node)), [node.args[0]])
     for node in reversed(gm.graph.nodes):
         if node in got and node.target in BACKWARD and node.args[0].meta.get("grad"):
             role = "gradient" if node.meta["weights_only"] else "payload"
@@ -592,7 +654,7 @@ class Listing:
         else:
             results, comment = self.name(node, scope), self.comment(node, None)
         mark = ""
-        if _ted(node) in pipeline.KINDS:
+        if _ted(node) in graphs.KINDS:
             mark = ">>"
         elif node.target in BACKWARD and node in self.received:
             mark = "<<"
@@ -671,12 +733,6 @@ def _op(node: Node) -> str:
     schema = getattr(node.target, "_schema", None)
     name = schema.name.rpartition("::")[2] if schema else getattr(node.target, "__name__", node.name)
     return {"scaled_dot_product_attention": "attention", "_to_copy": "to"}.get(name, name)
-
-
-def layer_of(path: str) -> str:
-    """`model.layers.3.mlp` to `model.layers.3`; empty outside of numbered modules."""
-    found = re.match(r"(.*?(?<![^.])\d+)(?![^.])", path)
-    return found[1] if found else ""
 
 
 def layers_of(lines: list[Line]) -> list[str]:

@@ -14,6 +14,14 @@ from torch.fx.proxy import GraphAppendingTracer
 from tedcompile.layouts import aten
 from tedcompile.ops import ops
 
+# ted op -> the kind of collective that a reader knows
+KINDS = {
+    "all_reduce": "all_reduce", "all_max": "all_reduce", "gather": "all_gather", "exchange_counts": "all_to_all",
+    "all_to_all": "all_to_all", "all_to_all_like": "all_to_all", "gather_enter": "all_gather",
+    "reduce_scatter": "reduce_scatter", "gather_rows": "all_gather", "gather_rows_like": "all_gather",
+    "scatter_rows": "reduce_scatter",
+}  # fmt: skip
+
 KEPT = ("nn_module_stack", "stack_trace", "autocast")
 
 
@@ -108,6 +116,24 @@ def set_facts(node: Node) -> None:
     node.meta["grad"] = floating and any(a.meta.get("grad") for a in differentiated(node))
     sources = inputs[:1] if node.target is ops.per_expert.default else inputs
     node.meta["weights_only"] = bool(sources) and all(a.meta.get("weights_only") for a in sources)
+
+
+def collective(node: Node) -> str:
+    """The kind of collective that a node is, empty for others."""
+    ours = node.op == "call_function" and getattr(node.target, "namespace", "") == "ted"
+    return KINDS.get(node.target._schema.name.removeprefix("ted::"), "") if ours else ""
+
+
+def forward_nodes(graph: Graph, outputs: int | None = None) -> dict[Node, None]:
+    """What the first `outputs` outputs are made of, in order: a joint graph's forward."""
+    made: set[Node] = set()
+    pending = [a for a in graph.output_node().args[0][:outputs] if isinstance(a, Node)]
+    while pending:
+        node = pending.pop()
+        if node not in made:
+            made.add(node)
+            pending += node.all_input_nodes
+    return {n: None for n in graph.nodes if n in made}
 
 
 class Unknown(Exception):

@@ -259,6 +259,15 @@ def permute(x, index, experts):
 
 
 @define(
+    "route(Tensor index, int experts) -> (Tensor, Tensor, Tensor)",
+    lambda index, experts: _fake_permute(index.new_empty(index.shape[0], 0), index, experts)[1:],
+)
+def route(index, experts):
+    """`permute` without its rows: index (T, K) int, experts E -> counts (E,), perm (T, K), order (T*K,)."""
+    return permute(index.new_empty(index.shape[0], 0), index, experts)[1:]
+
+
+@define(
     "gather_sum(Tensor rows, Tensor perm, Tensor order) -> Tensor",
     lambda rows, perm, order: rows.new_empty(perm.shape[0], rows.shape[1]),
     (

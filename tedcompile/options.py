@@ -62,3 +62,8 @@ class Options:
         if machine:
             machines.load(machine)
         return Options(names, dict(plan or {}), checkpoint, memory_budget, machine)
+
+    @property
+    def saves_collectives(self) -> bool:
+        """Whether a replay starts from the results of collectives; selective checkpointing has no other way."""
+        return self.checkpoint == "selective" or "save_collectives" not in self.off

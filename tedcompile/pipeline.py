@@ -32,13 +32,6 @@ from tedcompile.passes import (
     sum_buffers,
 )
 
-# ted op -> the kind of collective that a reader knows
-KINDS = {
-    "all_reduce": "all_reduce", "all_max": "all_reduce", "gather": "all_gather", "exchange_counts": "all_to_all",
-    "all_to_all": "all_to_all", "all_to_all_like": "all_to_all", "gather_enter": "all_gather",
-    "reduce_scatter": "reduce_scatter", "gather_rows": "all_gather", "scatter_rows": "reduce_scatter",
-}  # fmt: skip
-
 FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("functionalise", functionalise.run),
     ("recognise_sorted", recognise_sorted.run),
@@ -75,7 +68,8 @@ class Context:
     """What passes know and leave behind.
 
     `fixed`: layouts by parameter name that an earlier signature has decided. `show` makes of the graph what the record
-    of the pass named `dump` keeps, before and after it.
+    of the pass named `dump` keeps, before and after it. `outputs`: the number of outputs of the
+    joint graph that are the forward's.
     """
 
     shape: MeshShape
@@ -89,6 +83,7 @@ class Context:
     choices: list[tuple[Node, cost.Block, dict]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     gradients: dict[int, dict[str, Layout]] = field(default_factory=dict)
+    outputs: int = 0
     fixed: dict[Node, Layout] | None = None
 
     def mutated(self, gm: GraphModule) -> dict[Node, Node]:
@@ -102,12 +97,7 @@ class Context:
 
 
 def collectives(gm: GraphModule) -> Counter[str]:
-    names = (n.target._schema.name.removeprefix("ted::") for n in gm.graph.nodes if _ours(n))
-    return Counter(KINDS[name] for name in names if name in KINDS)
-
-
-def _ours(node: Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "namespace", "") == "ted"
+    return Counter(kind for n in gm.graph.nodes if (kind := graphs.collective(n)))
 
 
 def run_forward(captured: Captured, ctx: Context) -> GraphModule:

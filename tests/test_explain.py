@@ -9,11 +9,12 @@ import pytest
 import sympy
 import torch
 
-from tedcompile import compile, pipeline
+from tedcompile import compile, graphs, pipeline
 from tedcompile.api import _example
 from tedcompile.capture import capture
 from tedcompile.explain import Explanation, analyse, explain, from_config, layers_of, render
 from tedcompile.mesh import shape_of
+from tedcompile.options import Options
 from tedcompile.passes import reduce_gradients
 from tedcompile.runtime import select_outputs
 
@@ -117,13 +118,13 @@ class Stop(Exception):
     pass
 
 
-def joint_collectives(name: str, mesh: str, monkeypatch) -> Counter:
-    """Collectives, with the elements of each call, in the joint graph of forward and backward as it is compiled."""
+def build(name: str, mesh: str, **options) -> None:
+    """Compiles a model for one rank of a mesh, on the cpu and without processes."""
     shape = shape_of(mesh)
     model, make_batch = MODELS[name]()
     captured = capture(model, _example(model, make_batch(0, 0)))
     select_outputs(captured, model, True, ())
-    ctx = pipeline.Context(shape)
+    ctx = pipeline.Context(shape, options=Options.of(**options))
     gm = pipeline.run_forward(captured, ctx)
     inputs = []
     for node in gm.graph.nodes:
@@ -133,21 +134,49 @@ def joint_collectives(name: str, mesh: str, monkeypatch) -> Counter:
             for axis, layout in node.meta.get("placements", {}).items():
                 local = layout.local(local, shape[axis])
             inputs.append(torch.zeros(local, dtype=value.dtype).requires_grad_(parameter))
+    with pytest.raises(Stop):
+        compile.build(gm, ctx, inputs, "eager", torch.device("cpu"), {}, None)
+
+
+def sent(nodes, mesh: str) -> Counter:
+    """Collectives, with the bytes of each call."""
+    shape, found = shape_of(mesh), Counter()
+    for node in nodes:
+        kind = graphs.collective(node)
+        if kind and shape[node.args[-1]] > 1:
+            sizes = [s if isinstance(s, int) else BATCH * SEQ * 2 for s in node.args[0].meta["val"].shape]
+            found[kind, node.args[-1], math.prod(sizes) * node.args[0].meta["val"].element_size()] += 1
+    return found
+
+
+def joint_collectives(name: str, mesh: str, monkeypatch) -> Counter:
+    """The collectives of the joint graph of forward and backward as it is compiled."""
     found: Counter = Counter()
 
     def look(name, run, graph, ctx):
         run(graph, ctx)
         graph.graph.eliminate_dead_code()
-        for node in graph.graph.nodes:
-            kind = pipeline.KINDS.get(str(node.target).removeprefix("ted.").removesuffix(".default"))
-            if kind and shape[node.args[-1]] > 1:
-                sizes = [s if isinstance(s, int) else BATCH * SEQ * 2 for s in node.args[0].meta["val"].shape]
-                found[kind, node.args[-1], math.prod(sizes) * node.args[0].meta["val"].element_size()] += 1
+        found.update(sent(graph.graph.nodes, mesh))
         raise Stop
 
     monkeypatch.setattr(compile, "run_pass", look)
-    with pytest.raises(Stop):
-        compile.build(gm, ctx, inputs, "eager", torch.device("cpu"), {}, None)
+    build(name, mesh)
+    return found
+
+
+def replayed_collectives(name: str, mesh: str, monkeypatch, **options) -> Counter:
+    """The forward's collectives that the backward graph sends again."""
+    found: Counter = Counter()
+    partition = compile.partition
+
+    def look(joint, inputs, **kwargs):
+        forward, backward = partition(joint, inputs, **kwargs)
+        names = {n.name for n in forward.graph.nodes}
+        found.update(sent((n for n in backward.graph.nodes if n.name in names), mesh))
+        raise Stop
+
+    monkeypatch.setattr(compile, "partition", look)
+    build(name, mesh, **options)
     return found
 
 
@@ -169,6 +198,36 @@ def test_collectives_are_those_of_the_joint_graph(name, mesh, monkeypatch):
     for row in explain(model, mesh, example_inputs=make_batch(0, 0))["collectives"]:
         expected[row["kind"], row["axis"], row["bytes_per_rank"]] += row["count"]
     assert joint_collectives(name, mesh, monkeypatch) == expected
+
+
+@pytest.mark.parametrize(
+    "name, mesh",
+    [
+        ("qwen3_moe_aux", "dp=2,ep=2,tp=2"),
+        ("deepseek_v3", "ep=2,tp=2"),
+        ("gpt_oss", "dp=1,ep=4,tp=2"),
+        ("olmoe", "tp=4"),
+        ("qwen2_moe", "dp=2,ep=2"),
+        ("nano_moe", "dp=1,ep=2,tp=2"),
+    ],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(checkpoint="full", off=["save_collectives"]),
+        dict(checkpoint="full"),
+        dict(checkpoint="selective", memory_budget=0.4),
+    ],
+    ids=["sent_again", "full", "selective"],
+)
+def test_replayed_collectives_are_those_of_the_backward_graph(name, mesh, options, monkeypatch):
+    model, make_batch = MODELS[name]()
+    expected: Counter = Counter()
+    for row in explain(model, mesh, example_inputs=make_batch(0, 0), **options)["collectives"]:
+        if row["phase"] == "recompute":
+            expected[row["kind"], row["axis"], row["bytes_per_rank"]] += row["count"]
+    assert bool(expected) == ("off" in options)
+    assert replayed_collectives(name, mesh, monkeypatch, **options) == expected
 
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"]
