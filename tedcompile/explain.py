@@ -399,16 +399,19 @@ PASSED = {
     aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar,
     aten.sub.Scalar, aten.constant_pad_nd.default, aten.pad.default, aten.slice_scatter.default,
     aten.repeat_interleave.self_int, aten.topk.default, ops.enter.default, ops.share.default, ops.slice.default,
-    ops.gather.default, ops.all_reduce.default, ops.all_to_all.default, ops.all_to_all_like.default,
+    ops.gather.default, ops.gather_enter.default, ops.reduce_scatter.default, ops.gather_rows.default,
+    ops.scatter_rows.default, ops.all_reduce.default, ops.all_to_all.default, ops.all_to_all_like.default,
 }  # fmt: skip
 # of these two operands each for the gradient of the other one
 MULTIPLIED = {aten.mul.Tensor: (0, 1), aten.matmul.default: (0, 1), aten.mm.default: (0, 1), aten.bmm.default: (0, 1),
-              aten.linear.default: (0, 1), ops.grouped_mm.default: (0, 1), ops.unpermute.default: (0, 3)}  # fmt: skip
+              aten.linear.default: (0, 1), ops.grouped_mm.default: (0, 1), ops.unpermute.default: (0, 3),
+              ops.unpermute_some.default: (0, 3)}  # fmt: skip
 # these operands (indices, masks)
 INDEXED = {aten.index.Tensor: (1,), aten.gather.default: (2,), aten.embedding.default: (1,), aten.where.self: (0,),
            aten.masked_fill.Scalar: (1,), ops.embedding_shard.default: (1,), ops.pick.default: (1,),
            ops.permute.default: (1,), ops.take.default: (1, 2), ops.gather_sum.default: (1, 2),
-           ops.per_expert.default: (1,)}  # fmt: skip
+           ops.per_expert.default: (1,), ops.select.default: (1,), ops.gather_sum_some.default: (1, 2),
+           ops.spread.default: (1, 2)}  # fmt: skip
 
 
 def _read(node: Node) -> list[Node]:

@@ -60,6 +60,10 @@ OPTIONS: dict[str, dict] = {
     "dedup_folded": dict(plan=dict(experts="folded", dispatch="dedup")),
     "all_gather_folded": dict(plan=dict(experts="folded", dispatch="all_gather")),
     "dedup_no_drop": dict(plan=dict(dispatch="dedup"), off=["drop_duplicates"]),
+    "no_algebra": dict(off=["simplify_collectives"]),
+    "full": dict(checkpoint="full"),
+    "full_resend": dict(checkpoint="full", off=["save_collectives"]),
+    "selective": dict(checkpoint="selective", memory_budget=0.5),
     "all_gather_no_drop": dict(plan=dict(dispatch="all_gather"), off=["drop_duplicates"]),
 }
 
