@@ -110,17 +110,24 @@ def _split_permutes(graph: Graph) -> None:
         graph.erase_node(node)
 
 
-def replay(backward: GraphModule) -> None:
-    """In the partitioned backward, an all-to-all that is sent again brings as many rows as the kept order has."""
+def replay(joint: GraphModule, backward: GraphModule) -> None:
+    """In the partitioned backward, an all-to-all that is sent again brings as many rows as the kept order has.
+
+    All-to-alls with the same splits bring as many, though each has a symbol of its own for it.
+    """
+    sizes: dict[str, list[str]] = {}
+    for node in joint.graph.find_nodes(op="call_function", target=ops.all_to_all.default):
+        sizes.setdefault(node.args[1].name, []).append(str(shape(node)[0]))
     orders: dict[str, Node] = {}
-    for node in list(backward.graph.nodes):
-        value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.dim() == 1:
-            orders.setdefault(str(value.shape[0]), node)
-        elif node.target is ops.all_to_all.default:
-            x, splits, axis = node.args
-            node.target, node.args = ops.all_to_all_like.default, (x, splits, orders[str(shape(node)[0])], axis)
-            node.meta.pop("unbacked_bindings", None)
+    for node in backward.graph.find_nodes(op="placeholder"):
+        if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].dim() == 1:
+            orders.setdefault(str(shape(node)[0]), node)
+    for node in backward.graph.find_nodes(op="call_function", target=ops.all_to_all.default):
+        x, splits, axis = node.args
+        order = next(orders[size] for size in sizes[splits.name] if size in orders)
+        node.target, node.args = ops.all_to_all_like.default, (x, splits, order, axis)
+        node.meta["val"] = graphs.value_of(node)
+        node.meta.pop("unbacked_bindings", None)
 
 
 # ---- selective ------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def _joint_passes(options: Options) -> list[tuple[str, Callable]]:
 
 def partition(joint: GraphModule, inputs: Any, **options: Any) -> tuple[GraphModule, GraphModule]:
     forward, backward = compat.partition(joint, inputs, **options)
-    checkpoint.replay(backward)
+    checkpoint.replay(joint, backward)
     backward.recompile()
     return forward, backward
 

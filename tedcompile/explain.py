@@ -391,7 +391,8 @@ def _cotangents(gm: GraphModule) -> set[Node]:
 
 # what the VJP of an op reads of its operands' values, where that is not all of them. It reads none of these
 PASSED = {
-    operator.getitem, aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.view.default, aten.reshape.default,
+    operator.getitem, aten.view_as.default, aten.expand_as.default,
+    aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.view.default, aten.reshape.default,
     aten._unsafe_view.default, aten.flatten.using_ints, aten.transpose.int, aten.permute.default, aten.t.default,
     aten.expand.default, aten.squeeze.dim, aten.unsqueeze.default, aten.slice.Tensor, aten.select.int, aten.cat.default,
     aten.stack.default, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.contiguous.default,
@@ -440,10 +441,15 @@ def _replayed(gm: GraphModule, got: set[Node], options: Options) -> Iterator[Nod
         run.add(node)
         rows = small_sizes.ROWS.get(node.target)
         pending += [a for a in node.all_input_nodes if rows is None or a is not node.args[rows]]
-    seen = set()
+    same: dict[str, Node] = {}  # what is computed twice is computed once in a joint graph
+    first: dict[Node, Node] = {}
     for node in forward:
-        if node in run and graphs.collective(node) and (node.target, node.args) not in seen:
-            seen.add((node.target, node.args))
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), first.__getitem__)
+        key = node.name if node.op == "placeholder" else f"{node.target} {args} {kwargs}"
+        first[node] = same.setdefault(key, node)
+        if node.target is aten.to.dtype and node.meta["val"].dtype == node.args[0].meta["val"].dtype:
+            first[node] = first[node.args[0]]
+        if node in run and graphs.collective(node) and first[node] is node:
             yield node
 
 
