@@ -9,15 +9,13 @@ import pytest
 import sympy
 import torch
 
-from tedcompile import compile, graphs, pipeline
+from tedcompile import compile, graphs
 from tedcompile.api import _example
-from tedcompile.capture import capture
 from tedcompile.explain import Explanation, analyse, explain, from_config, layers_of, render
 from tedcompile.mesh import shape_of
-from tedcompile.options import Options
 from tedcompile.passes import reduce_gradients
-from tedcompile.runtime import select_outputs
 
+from .joint import Stop, build, parts, replayed
 from .models import COMMON, MODELS, families
 
 transformers = pytest.importorskip("transformers")
@@ -114,30 +112,6 @@ def width(formula, row) -> int:
     return row["bytes_per_rank"] // formula.subs(sympy.Symbol("bytes"), 1) if formula.free_symbols else 1
 
 
-class Stop(Exception):
-    pass
-
-
-def build(name: str, mesh: str, **options) -> None:
-    """Compiles a model for one rank of a mesh, on the cpu and without processes."""
-    shape = shape_of(mesh)
-    model, make_batch = MODELS[name]()
-    captured = capture(model, _example(model, make_batch(0, 0)))
-    select_outputs(captured, model, True, ())
-    ctx = pipeline.Context(shape, options=Options.of(**options))
-    gm = pipeline.run_forward(captured, ctx)
-    inputs = []
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            value, parameter = node.meta["val"], node.meta["role"][0] == "parameter"
-            local = tuple(value.shape)
-            for axis, layout in node.meta.get("placements", {}).items():
-                local = layout.local(local, shape[axis])
-            inputs.append(torch.zeros(local, dtype=value.dtype).requires_grad_(parameter))
-    with pytest.raises(Stop):
-        compile.build(gm, ctx, inputs, "eager", torch.device("cpu"), {}, None)
-
-
 def sent(nodes, mesh: str) -> Counter:
     """Collectives, with the bytes of each call."""
     shape, found = shape_of(mesh), Counter()
@@ -160,23 +134,9 @@ def joint_collectives(name: str, mesh: str, monkeypatch) -> Counter:
         raise Stop
 
     monkeypatch.setattr(compile, "run_pass", look)
-    build(name, mesh)
-    return found
-
-
-def replayed_collectives(name: str, mesh: str, monkeypatch, **options) -> Counter:
-    """The forward's collectives that the backward graph sends again."""
-    found: Counter = Counter()
-    partition = compile.partition
-
-    def look(joint, inputs, **kwargs):
-        forward, backward = partition(joint, inputs, **kwargs)
-        names = {n.name for n in forward.graph.nodes}
-        found.update(sent((n for n in backward.graph.nodes if n.name in names), mesh))
-        raise Stop
-
-    monkeypatch.setattr(compile, "partition", look)
-    build(name, mesh, **options)
+    model, make_batch = MODELS[name]()
+    with pytest.raises(Stop):
+        build(model, _example(model, make_batch(0, 0)), shape_of(mesh))
     return found
 
 
@@ -220,14 +180,15 @@ def test_collectives_are_those_of_the_joint_graph(name, mesh, monkeypatch):
     ],
     ids=["sent_again", "full", "selective"],
 )
-def test_replayed_collectives_are_those_of_the_backward_graph(name, mesh, options, monkeypatch):
+def test_replayed_collectives_are_those_of_the_backward_graph(name, mesh, options):
     model, make_batch = MODELS[name]()
     expected: Counter = Counter()
     for row in explain(model, mesh, example_inputs=make_batch(0, 0), **options)["collectives"]:
         if row["phase"] == "recompute":
             expected[row["kind"], row["axis"], row["bytes_per_rank"]] += row["count"]
     assert bool(expected) == ("off" in options)
-    assert replayed_collectives(name, mesh, monkeypatch, **options) == expected
+    forward, backward = parts(model, _example(model, make_batch(0, 0)), shape_of(mesh), **options)
+    assert sent(replayed(forward, backward), mesh) == expected
 
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"]
