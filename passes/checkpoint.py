@@ -18,6 +18,7 @@ Needs: module paths on forward nodes; `ctx.outputs`. Leaves true: `meta["recompu
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 import operator
@@ -102,7 +103,8 @@ def _split_permutes(graph: Graph) -> None:
         with graph.inserting_before(node):
             routed = graphs.call(graph, ops.route.default, (index, experts), node)
             results = {i: graphs.call(graph, operator.getitem, (routed, i - 1), node) for i in (1, 2, 3)}
-            tokens = graphs.call(graph, aten.floor_divide.default, (results[3], shape(index)[1]), node)
+            token = functools.partial(aten.div.Tensor_mode, rounding_mode="floor")
+            tokens = graphs.emit(graph, token, (results[3], shape(index)[1]), {}, results[3])
             results[0] = graphs.call(graph, aten.index.Tensor, (x, [tokens]), node)
         for i, old in used.items():
             old.replace_all_uses_with(results[i])
@@ -125,7 +127,8 @@ def replay(joint: GraphModule, backward: GraphModule) -> None:
     for node in backward.graph.find_nodes(op="call_function", target=ops.all_to_all.default):
         x, splits, axis = node.args
         order = next(orders[size] for size in sizes[splits.name] if size in orders)
-        node.target, node.args = ops.all_to_all_like.default, (x, splits, order, axis)
+        node.target = ops.all_to_all_like.default
+        graphs.set_args(node, (x, splits, order, axis))
         node.meta["val"] = graphs.value_of(node)
         node.meta.pop("unbacked_bindings", None)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
+from tedcompile import graphs
 from tedcompile.layouts import shape, val
 from tedcompile.ops import ops
 
@@ -23,7 +24,7 @@ def run(gm: GraphModule, ctx) -> None:
         at = ROWS.get(node.target)
         if at is not None:
             smallest = orders.get(str(shape(node.args[at])[0]), node.args[at])
-            node.args = (*node.args[:at], smallest, *node.args[at + 1 :])
+            graphs.set_args(node, (*node.args[:at], smallest, *node.args[at + 1 :]))
         value = node.meta.get("val")
         if hasattr(value, "dim") and value.dim() == 1 and not val(node).is_floating_point():
             orders.setdefault(str(shape(node)[0]), node)

@@ -57,6 +57,13 @@ def after(graph: Graph, node: Node) -> Iterator[None]:
     graph.erase_node(marker)
 
 
+def set_args(node: Node, args: tuple) -> None:
+    """Other arguments for a node of a joint graph, also in what tells Inductor their strides."""
+    node.args = args
+    if "eager_input_vals" in node.meta:
+        node.meta["eager_input_vals"] = (torch.fx.map_arg(args, lambda n: n.meta["val"]), {})
+
+
 def emit(graph: Graph, function: Callable, args: tuple, kwargs: dict, like: Node) -> Node:
     """The nodes a function makes of its arguments; the last one has the value of `like`."""
     tracer = GraphAppendingTracer(graph)

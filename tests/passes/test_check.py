@@ -17,7 +17,7 @@ from tedcompile.passes.check import LayoutError
 from tests.lockstep import distributed, parity
 
 MOVES = {ops.enter.default, ops.share.default, ops.all_reduce.default, ops.all_max.default, ops.slice.default,
-         ops.gather.default}  # fmt: skip
+         ops.gather.default, ops.gather_enter.default, ops.reduce_scatter.default}  # fmt: skip
 
 
 class Block(nn.Module):
