@@ -178,6 +178,8 @@ def differentiable(a: Node) -> bool:
 
 
 RULES: dict[Any, Callable[[Call], Any]] = {}
+# what reads only the dtype, the device and perhaps the number of rows of its operand
+FACTORIES = {aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default}
 # ops whose rules know own rows; the others work on them row by row
 OWN_ROWS = {
     ops.permute.default, ops.unpermute.default, ops.gather_sum.default, ops.grouped_mm.default, ops.per_expert.default,
@@ -232,7 +234,7 @@ def own_rows(c: Call) -> Any:
     probe = Call(c.node, {a: S(0) if a in own else R for a in c.tensors()}, 1)
     result = apply(probe)
     results = result if isinstance(result, tuple) else (result,)
-    if any(r != S(0) for r in results):
+    if any(r != S(0) for r in results) and c.node.target not in FACTORIES:
         raise NoRule(f"{c.node.target} mixes the rows of experts")
     dispatch = c.node.meta.get("dispatch")
     after = E if dispatch and dispatch.experts == "tensor" else D
@@ -314,7 +316,7 @@ def _rand(c: Call) -> Layout:
     return layout if layout.kind == "S" else R
 
 
-@rule(aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default)
+@rule(*FACTORIES)
 def _factory(c: Call) -> Layout:
     return R  # reads only the dtype and device of its operand
 
