@@ -100,7 +100,16 @@ def dtensor(local: torch.Tensor, mesh, placements, shape, stride) -> DTensor:
 def parameter(tensor: DTensor) -> DTensor:
     """The DTensor as an nn.Parameter; nn.Parameter() itself detaches, and loses the spec of a fused weight on 2.11."""
     tensor._is_param = True  # type: ignore[attr-defined]
+    if tensor.requires_grad and any(isinstance(p, _StridedShard) for p in tensor.placements):
+        tensor.register_post_accumulate_grad_hook(keep_spec)
     return tensor
+
+
+def keep_spec(parameter: DTensor) -> None:
+    """A gradient gets its parameter's spec: autograd's own detach makes one that 2.11 cannot gather."""
+    gradient = parameter.grad
+    if isinstance(gradient, DTensor) and gradient._spec.placements == parameter._spec.placements:
+        parameter.grad = like(parameter, gradient._local_tensor)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
+from torch.distributed.tensor import DTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -91,7 +92,8 @@ def find_hooks(model: torch.nn.Module) -> None:
     parameters = [
         f"parameter {name}"
         for name, parameter in model.named_parameters()
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if not isinstance(parameter, DTensor)  # whose gradients come from outside of the graph, to any hook
+        and (parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
     ]
     modules = [
         f"module {name or type(module).__name__}"
