@@ -136,6 +136,11 @@ def capture(model: torch.nn.Module, kwargs: dict[str, Any]) -> Captured:
         if node.op == "placeholder" and node.meta["role"][0] == "input":
             node.meta["requires_grad"] = getattr(leaves[node.meta["role"][1]], "requires_grad", False)
     _inline_regions(gm)
+    for node in list(gm.graph.nodes):
+        same = node.target is aten.to.dtype and node.args[0].meta["val"].dtype == node.meta["val"].dtype
+        if same and not any(node.args[2:]) and not node.kwargs:  # x.to(its own dtype) is x
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
     for node in reversed(gm.graph.nodes):
         if "assert" in str(node.target) or "sym_constrain" in str(node.target):
             gm.graph.erase_node(node)

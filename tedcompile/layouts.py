@@ -264,7 +264,8 @@ def pointwise(c: Call) -> Layout:
                 return P
         if c.node.target is aten.mul.Tensor and len(partial) == 1 and len(others) == 1:
             small = math.prod(shape(others[0])) * 2 <= math.prod(shape(partial[0]))
-            if small and c.layout(others[0]).kind in "RE" and shape(partial[0]) == shape(c.node):
+            alone = len(partial[0].users) == 1  # else the sum is needed anyway, as in a norm
+            if small and alone and c.layout(others[0]).kind in "RE" and shape(partial[0]) == shape(c.node):
                 c.need(others[0], E)  # linear in the partial operand, so its sum can wait
                 return P
         return c.default()
