@@ -16,7 +16,6 @@ from tests import models
 
 MODELS = {
     "qwen3_moe": models.MODELS["qwen3_moe"],
-    "deepseek_v3": models.MODELS["deepseek_v3"],
     "dropout": functools.partial(models.hugging_face, "qwen3_moe", attention_dropout=0.2),
 }
 OPTIONS: list[dict] = [

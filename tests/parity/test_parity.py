@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from tests import models
-from tests.parity.harness import GRADIENT_TOLERANCE, SCENARIOS, Case, Pool
+from tests.parity.harness import GRADIENT_TOLERANCE, OPTIONS, SCENARIOS, Case, Pool
 
 OTHER_MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2)]
 
@@ -35,6 +35,12 @@ CASES += [
     Case("olmoe", (1, 2, 1), all_axes=False),
     Case("gpt_oss", (1, 1, 2), example_inputs=False),
 ]
+# Each way to dispatch, and each optimisation off, with the models in turn.
+CASES += [
+    Case(model, (1, 2, 2), options=options)
+    for model, options in zip(itertools.cycle(models.BASE), [name for name in OPTIONS if name and "full" not in name])
+]
+CASES += [Case("qwen3_moe", (1, 2, 4), "few_tokens", options=options) for options in ("ted", "dedup_folded")]
 
 
 @pytest.fixture(scope="session")
