@@ -14,7 +14,9 @@ from tabulate import tabulate
 
 HERE = pathlib.Path(__file__).parent
 NAMES = {"forward_backward_ms": "forward + backward, ms", "step_ms": "step, ms",
-         "tokens_per_s_per_gpu": "tokens/s per GPU", "peak_gib": "peak memory, GiB", "first_step_s": "first step, s",
+         "tokens_per_s_per_gpu": "tokens/s per GPU", "calls": "collectives a step",
+         "ep_gib": "sent over ep (or ep x tp), GiB", "tp_gib": "sent over tp, GiB", "peak_gib": "peak memory, GiB",
+         "first_step_s": "first step, s",
          "worst_loss_difference": "loss, 20 steps, against the first"}  # fmt: skip
 SYSTEMS = {"hf_eager": "Hugging Face, grouped_mm", "hf_compile": "Hugging Face, grouped_mm + torch.compile"}
 
@@ -34,7 +36,9 @@ def steps(name: str) -> str:
 def _show(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+    return (
+        f"{value:,.0f}" if value >= 1000 or isinstance(value, int) else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+    )
 
 
 # column of the table -> format of a row of paper.json
@@ -70,7 +74,7 @@ def paper(part: str) -> str:
 def main() -> None:
     readme = HERE.parent / "README.md"
     text = readme.read_text()
-    tables = {name: functools.partial(steps, name) for name in ("train_step", "mesh_runs")}
+    tables = {name: functools.partial(steps, name) for name in ("train_step", "mesh_runs", "communication")}
     tables |= {f"paper_{part}": functools.partial(paper, part) for part in PAPER}
     for name, table in tables.items():
         if (HERE / "results" / f"{name.partition('_')[0] if name.startswith('paper') else name}.json").exists():

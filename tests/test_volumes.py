@@ -148,7 +148,7 @@ def sent_by_a_layer(**options) -> dict[str, tuple[int, int]]:
 
 def test_all_to_alls_of_a_replayed_layer_are_teds():
     """6 + 6 collectives become 4 + 4, and a third of the bytes of the all-to-alls is left at tp 2 (arXiv 2303.06318,
-    section 5). The replay does without the sum behind the experts, which begins the next layer: 5 all-reduces, not 6."""
+    section 5). The replay leaves out the sum behind the experts, which begins the next layer: 5 all-reduces."""
     pytest.importorskip("transformers")
     off = ["simplify_collectives"]
     plain = sent_by_a_layer(off=[*off, "save_collectives"], plan=TED | {"drop": "no"})
