@@ -35,7 +35,7 @@ def run(gm: GraphModule, ctx) -> None:
     for node in list(gm.graph.nodes):
         dispatch = node.meta.get("dispatch") if node.target is ops.permute.default else None
         if dispatch is not None and dispatch.kind != "all_to_all":
-            _Tokens(gm, Block.of(gm, node), ctx.shape, dispatch).rewrite()
+            _Tokens(gm, Block.of(node), ctx.shape, dispatch).rewrite()
     gm.graph.eliminate_dead_code()
 
 
@@ -66,8 +66,6 @@ class _Tokens:
     def rewrite(self) -> None:
         x, index, _ = self.block.permute.args
         weights = self.leave.args[3]
-        with self.graph.inserting_before(self.leave):  # weights may be made after the rows
-            marker = self.graph.call_function(operator.add, (1, 1))
         last = max((x, index, weights), key={n: i for i, n in enumerate(self.graph.nodes)}.__getitem__)
         with graphs.after(self.graph, last):
             come, go = (self.gather, self.scatter) if self.kind == "all_gather" else (self.send, self.send_back)
@@ -90,7 +88,7 @@ class _Tokens:
         graphs.sort_nodes(self.graph)
         y = self.leave.args[0]
         y = y.args[0] if y.target is ops.scatter_rows.default else y
-        with self.graph.inserting_before(marker):
+        with self.graph.inserting_before(self.leave):
             if perm.meta["layout"] == D:
                 layout = D if weights.meta["layout"] == D else P
             else:
@@ -98,7 +96,6 @@ class _Tokens:
             val = self.sized(self.leave, shape(x)[0])
             part = self.add(ops.unpermute_some.default, (y, perm, order, weights), layout, val, self.leave)
             out = go(part)
-        self.graph.erase_node(marker)
         self.leave.replace_all_uses_with(out)
         self.graph.erase_node(self.leave)
         place(self.block, self.mesh)

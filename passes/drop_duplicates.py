@@ -26,7 +26,7 @@ from tedcompile.passes import shard_experts
 def run(gm: GraphModule, ctx) -> None:
     for node in list(gm.graph.nodes):
         if node.target is ops.permute.default and "dispatch" in node.meta and node.meta["dispatch"].drop:
-            _drop(gm.graph, Block.of(gm, node), ctx.shape.tp)
+            _drop(gm.graph, Block.of(node), ctx.shape.tp)
 
 
 def _drop(graph: Graph, block: Block, tp: int) -> None:

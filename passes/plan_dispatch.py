@@ -26,9 +26,9 @@ def run(gm: GraphModule, ctx) -> None:
         return
     for node in gm.graph.nodes:
         if node.target is ops.permute.default:
-            block = Block.of(gm, node)
-            reason = refusal(gm, block, ctx.shape.ep, ctx)
-            dispatch = None if reason else _plan(gm, ctx, block)
+            block = Block.of(node)
+            reason = refusal(block, ctx.shape.ep, ctx)
+            dispatch = None if reason else _plan(ctx, block)
             if dispatch:
                 for n in (node, *block.leaves, *block.body):
                     n.meta["dispatch"] = dispatch
@@ -36,14 +36,14 @@ def run(gm: GraphModule, ctx) -> None:
                 ctx.replicated.append((node, reason))
 
 
-def _plan(gm: GraphModule, ctx, block: Block) -> Dispatch | None:
+def _plan(ctx, block: Block) -> Dispatch | None:
     mesh, off = ctx.shape, ctx.options.off
     drop = mesh.tp > 1 and "drop_duplicates" not in off
     plan = {**ctx.options.plan, **LATER}
     decided = _decided(ctx, block)
     if decided:
         plan["experts"] = decided
-    elif "experts" not in plan and refusal(gm, block, mesh["ept"], ctx):
+    elif "experts" not in plan and refusal(block, mesh["ept"], ctx):
         plan["experts"] = "tensor"
     if not block.moves_tokens:
         plan["dispatch"] = "all_to_all"

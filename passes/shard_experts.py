@@ -32,7 +32,7 @@ def run(gm: GraphModule, ctx) -> None:
         if node.target is ops.permute.default:
             dispatch = node.meta.get("dispatch")
             if dispatch is not None:
-                _dispatch(gm, Block.of(gm, node), ctx.shape, dispatch.axis)
+                _dispatch(gm, Block.of(node), ctx.shape, dispatch.axis)
     gm.graph.eliminate_dead_code()
     for node in gm.graph.nodes:
         parameter = node.meta.get("role", ("",))[0] == "parameter"

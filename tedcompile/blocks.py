@@ -7,7 +7,7 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from tedcompile import layouts
 from tedcompile.layouts import Call, D, NoRule, R, aten, shape
@@ -44,7 +44,7 @@ class Block:
         return len(self.enters) == 1 and [n.target for n in self.leaves] == [ops.unpermute.default]
 
     @staticmethod
-    def of(gm: GraphModule, node: Node) -> Block:
+    def of(node: Node) -> Block:
         out = {u.args[1]: u for u in node.users if u.target is operator.getitem}
         rows, counts = out.get(0), out.get(1)
         block = Block(node, node.args[2], out, [], [], [], [], [], [], "")
@@ -110,7 +110,7 @@ def _weight(a: Node) -> Node | None:
     return a if a.meta.get("role", ("",))[0] == "parameter" else None
 
 
-def refusal(gm: GraphModule, block: Block, ranks: int, ctx) -> str:
+def refusal(block: Block, ranks: int, ctx) -> str:
     """Why a block cannot be dispatched over `ranks` ranks; empty where it can."""
     experts = block.experts
     for reader, weight in zip(block.readers, block.weights):

@@ -224,8 +224,8 @@ def rank(like, axis):
 # ---- tokens over experts --------------------------------------------------------------------------------------------
 
 
-def _fake_permute(x, index, experts):
-    n = index.shape[0] * index.shape[1]
+def _fake_permute(x, index, experts, rows=None):
+    n = index.shape[0] * index.shape[1] if rows is None else rows
     return (
         x.new_empty(n, x.shape[1]),
         index.new_empty(experts, dtype=torch.int64),
@@ -267,13 +267,17 @@ def route(index, experts):
     return permute(index.new_empty(index.shape[0], 0), index, experts)[1:]
 
 
+# of a sum over each token's rows: every row gets its token's cotangent
+SUM_OF_ROWS = (
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
+    lambda ctx, g: (g[ctx.saved_tensors[1] // ctx.saved_tensors[0].shape[1]], None, None),
+)
+
+
 @define(
     "gather_sum(Tensor rows, Tensor perm, Tensor order) -> Tensor",
     lambda rows, perm, order: rows.new_empty(perm.shape[0], rows.shape[1]),
-    (
-        lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
-        lambda ctx, g: (g[ctx.saved_tensors[1] // ctx.saved_tensors[0].shape[1]], None, None),
-    ),
+    SUM_OF_ROWS,
 )
 def gather_sum(rows, perm, order):
     """rows (N, H), perm (T, K), order (N,) -> (T, H): the sum of each token's K rows, in slot order (no atomic add)."""
@@ -307,13 +311,7 @@ def _picked(rows: Tensor, perm: Tensor) -> Tensor:
 
 
 def _fake_select(x, index, experts):
-    n = torch.library.get_ctx().new_dynamic_size()
-    return (
-        x.new_empty(n, x.shape[1]),
-        index.new_empty(experts, dtype=torch.int64),
-        index.new_empty(tuple(index.shape), dtype=torch.int64),
-        index.new_empty(n, dtype=torch.int64),
-    )
+    return _fake_permute(x, index, experts, torch.library.get_ctx().new_dynamic_size())
 
 
 @define(
@@ -334,10 +332,7 @@ def select(x, index, experts):
 @define(
     "gather_sum_some(Tensor rows, Tensor perm, Tensor order) -> Tensor",
     lambda rows, perm, order: rows.new_empty(perm.shape[0], rows.shape[1]),
-    (
-        lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
-        lambda ctx, g: (g[ctx.saved_tensors[1] // ctx.saved_tensors[0].shape[1]], None, None),
-    ),
+    SUM_OF_ROWS,
 )
 def gather_sum_some(rows, perm, order):
     """`gather_sum` over the slots whose perm is not -1."""

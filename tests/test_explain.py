@@ -140,7 +140,7 @@ def joint_collectives(name: str, mesh: str, monkeypatch) -> Counter:
     return found
 
 
-@pytest.mark.parametrize(
+on_every_mesh = pytest.mark.parametrize(
     "name, mesh",
     [
         ("qwen3_moe_aux", "dp=2,ep=2,tp=2"),
@@ -151,6 +151,9 @@ def joint_collectives(name: str, mesh: str, monkeypatch) -> Counter:
         ("nano_moe", "dp=1,ep=2,tp=2"),
     ],
 )
+
+
+@on_every_mesh
 def test_collectives_are_those_of_the_joint_graph(name, mesh, monkeypatch):
     monkeypatch.setattr(reduce_gradients, "BUCKET", 30_000)  # several buckets of several gradients
     model, make_batch = MODELS[name]()
@@ -160,17 +163,7 @@ def test_collectives_are_those_of_the_joint_graph(name, mesh, monkeypatch):
     assert joint_collectives(name, mesh, monkeypatch) == expected
 
 
-@pytest.mark.parametrize(
-    "name, mesh",
-    [
-        ("qwen3_moe_aux", "dp=2,ep=2,tp=2"),
-        ("deepseek_v3", "ep=2,tp=2"),
-        ("gpt_oss", "dp=1,ep=4,tp=2"),
-        ("olmoe", "tp=4"),
-        ("qwen2_moe", "dp=2,ep=2"),
-        ("nano_moe", "dp=1,ep=2,tp=2"),
-    ],
-)
+@on_every_mesh
 @pytest.mark.parametrize(
     "options",
     [
