@@ -1,9 +1,11 @@
 """The same training on one GPU and on two: are the losses the same, and what does a step take?
 
     python -m benchmarks.mesh_runs --out benchmarks/results       # two GPUs, a few minutes
+    python -m benchmarks.mesh_runs --jobs "qwen3_layer tp=1" "qwen3_layer ep=2 dispatch=dedup"    # with options
     python -m benchmarks.mesh_runs --out /tmp/runs --cpu          # a tiny model on gloo, to try this file
 
-Every case of train_step.py on the meshes 1, tp=2, ep=2 and dp=2: bf16, NCCL, Inductor, 20 AdamW steps. Checked:
+Cases of train_step.py on the meshes 1, tp=2, ep=2 and dp=2, or on those given, with options of `parallelize`: bf16,
+NCCL, Inductor, 20 AdamW steps. Checked:
 
 - losses stay within 2e-2 of the one-GPU run's on the same batches (two data ranks: the mean of both ranks' losses
   beside one GPU that averages the gradients of both batches);
@@ -12,8 +14,12 @@ Every case of train_step.py on the meshes 1, tp=2, ep=2 and dp=2: bf16, NCCL, In
 
 All jobs start together and compile side by side. The large ones then take turns to train, and each is timed alone, when
 nothing compiles any more; so `first_step_s` is from a cold cache beside the other compilations. Each job is a group of
-processes with a deadline: one that fails is reported, and the others go on. Writes mesh_runs.json after each job; the
-exit code is 1 unless every check passed.
+processes with a deadline: one that fails is reported, and the others go on. Writes mesh_runs.json after each job, and
+keeps the rows of other jobs in it; the exit code is 1 unless every check passed.
+
+Predicted beside the measured, for the machine that the GPU's name says: `communication_ms`, all collectives of a step
+one after the other; `block_ms`, the MoE blocks of a step; `replay_ms`, what checkpointing recomputes; `saved_gib`, what
+the forward keeps for the backward.
 """
 
 from __future__ import annotations
@@ -33,13 +39,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tedcompile.mesh import MeshShape
 
 MESHES = ("tp=1", "tp=2", "ep=2", "dp=2")
 TOLERANCE = 2e-2
 UNITS = {
     "step_ms": "ms", "forward_backward_ms": "ms", "tokens_per_s_per_gpu": "1/s", "peak_gib": "GiB", "first_step_s": "s",
     "worst_loss_difference": "relative", "first_loss": "nats", "last_loss": "nats", "replicas_apart": "tensors",
-    "compilations_after_first_step": "count",
+    "compilations_after_first_step": "count", "communication_ms": "ms, predicted", "block_ms": "ms, predicted",
+    "replay_ms": "ms, predicted", "saved_gib": "GiB, predicted",
 }  # fmt: skip
 
 
@@ -53,7 +64,6 @@ def train(options: argparse.Namespace) -> None:
 
     import tedcompile
     from benchmarks import train_step
-    from tedcompile.mesh import MeshShape
 
     rank = int(os.environ["RANK"])
     if options.cpu:
@@ -64,7 +74,7 @@ def train(options: argparse.Namespace) -> None:
         device, sync = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.synchronize
         torch.cuda.set_device(device)
         dist.init_process_group("nccl")
-    shape = MeshShape.parse(options.mesh)
+    shape, chosen = parse(options.mesh)
     mesh = dist.init_device_mesh(device.type, tuple(shape.as_dict().values()), mesh_dim_names=("dp", "ep", "tp"))
     result = {
         "losses": [],
@@ -95,7 +105,7 @@ def train(options: argparse.Namespace) -> None:
     data = [train_step.batches(options.case, r, device) for r in range(max(shape["data"], 2))]
     model = train_step.build(options.case, torch.bfloat16, device)
     start = time.perf_counter()
-    model = tedcompile.parallelize(model, mesh)
+    model = tedcompile.parallelize(model, mesh, **chosen)
     waited = 0.0
     run = model._ted.run
 
@@ -129,6 +139,8 @@ def train(options: argparse.Namespace) -> None:
     compiled = compilations(model)
     losses += [step(optimizer, mine[i % len(mine)]) for i in range(1, train_step.STEPS)]
     result["losses"] = mean_over_data_ranks(torch.stack(losses).float(), model._ted.groups)
+    (program,) = model._ted.programs.values()
+    result["replay_ms"], result["saved_gib"] = 1e3 * program.replay, program.saved / 2**30
     result["compilations_after_first_step"] = len(compilations(model) ^ compiled)
     result["replicas_apart"] = len(apart(model, mesh))
     write()
@@ -167,6 +179,47 @@ def train(options: argparse.Namespace) -> None:
         result["losses_of_two"] = torch.stack([step(optimizer, *pair) for pair in both]).float().tolist()
         write()
     dist.destroy_process_group()
+
+
+def parse(system: str) -> tuple[MeshShape, dict]:
+    """A mesh and options of `parallelize`: "ep=2 dispatch=dedup", "tp=2 off=simplify_collectives checkpoint=full"."""
+    from tedcompile.mesh import MeshShape
+
+    mesh, *rest = system.split()
+    chosen: dict = {"off": [], "plan": {}}
+    for key, _, value in (word.partition("=") for word in rest):
+        if key == "off":
+            chosen["off"].append(value)
+        elif key in ("checkpoint", "memory_budget"):
+            chosen[key] = value if key == "checkpoint" else float(value)
+        else:
+            chosen["plan"][key] = value
+    return MeshShape.parse(mesh), chosen
+
+
+def predict(case: str, system: str, gpu: str) -> dict[str, float]:
+    """Of one step on one rank: ms of its collectives, one after the other, and of its MoE blocks."""
+    import torch
+
+    import tedcompile
+    from benchmarks import train_step
+    from tedcompile import machines
+
+    machine = machines.default("cpu" if gpu == "cpu" else "cuda", gpu)
+    shape, chosen = parse(system)
+    batch, seq = train_step.CASES[case][2]
+    model = train_step.build(case, torch.bfloat16, torch.device("meta"))
+    facts = tedcompile.explain(model, shape, batch=batch, seq=seq, machine=machine.name, **chosen)
+    seconds = 0.0
+    for row in facts["collectives"]:
+        at = machines.place(row["axis"], shape, machine)
+        seconds += row["count"] * sum(machine.collective(row["kind"], row["bytes_per_rank"], at))
+    found = {"communication_ms": 1e3 * seconds}
+    if facts["choices"]:
+        layers = train_step.CASES[case][1]["num_hidden_layers"]
+        best = [c["seconds"] for choice in facts["choices"] for c in choice["candidates"] if c["chosen"]]
+        found["block_ms"] = 1e3 * layers * sum(best)
+    return found
 
 
 def compilations(model) -> set:
@@ -233,7 +286,7 @@ class Job:
 
     @property
     def world(self) -> int:
-        return int(self.mesh.partition("=")[2])
+        return parse(self.mesh)[0].world
 
     def start(self, options: argparse.Namespace) -> None:
         with socket.socket() as probe:
@@ -285,6 +338,7 @@ class Driver:
     def __init__(self, options: argparse.Namespace, jobs: list[Job]):
         self.options, self.jobs = options, jobs
         self.deadline = time.monotonic() + options.seconds
+        self.predictions: dict[tuple[str, str], dict[str, float]] = {}
 
     def wait(self, until: Callable[[], bool], seconds: float) -> bool:
         end = min(time.monotonic() + seconds, self.deadline)
@@ -300,9 +354,13 @@ class Driver:
         print(f"[{self.options.seconds - (self.deadline - time.monotonic()):5.1f} s] {text}", flush=True)
 
     def go(self) -> None:
+        import torch
+
         for job in self.jobs:
             job.start(self.options)
-        small = [job for job in self.jobs if job.case != "qwen3_4layers"]
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        self.predictions = {(job.case, job.mesh): predict(job.case, job.mesh, gpu) for job in self.jobs}
+        small = [job for job in self.jobs if job.case in ("demo", "tiny")]
         large = [job for job in self.jobs if job not in small]
         for job in small:  # these fit beside everything
             job.allow("train")
@@ -338,7 +396,7 @@ class Driver:
         for job in self.jobs:
             found = results[job.case, job.mesh]
             reference = results.get((job.case, "tp=1"), {})
-            want = reference.get("losses" if job.mesh.startswith("tp") else "losses_of_two", [])
+            want = reference.get("losses" if parse(job.mesh)[0]["data"] == 1 else "losses_of_two", [])
             have = found.get("losses", [])
             if have:
                 found |= {"first_loss": have[0], "last_loss": have[-1]}
@@ -346,6 +404,8 @@ class Driver:
                 found["worst_loss_difference"] = max(abs(a - b) / abs(b) for a, b in zip(have, want))
             good &= not job.error and "step_ms" in found and found.get("worst_loss_difference", 1.0) <= TOLERANCE
             good &= found.get("replicas_apart") == 0 and found.get("compilations_after_first_step") == 0
+            if "step_ms" in found:
+                found |= self.predictions[job.case, job.mesh]
             facts = {key: found.get(key) for key in ("versions", "gpu", "clock_mhz")}
             facts["date"] = datetime.date.today().isoformat()
             system = f"tedcompile {job.mesh}"
@@ -355,7 +415,11 @@ class Driver:
                 for metric, unit in UNITS.items() if metric in found
             ]  # fmt: skip
         self.options.out.mkdir(parents=True, exist_ok=True)
-        (self.options.out / "mesh_runs.json").write_text(json.dumps(rows, indent=1) + "\n")
+        file = self.options.out / "mesh_runs.json"
+        mine = {(row["case"], row["system"]) for row in rows}
+        others = json.loads(file.read_text()) if file.exists() else []
+        rows = [row for row in others if (row["case"], row["system"]) not in mine] + rows
+        file.write_text(json.dumps(rows, indent=1) + "\n")
         return good
 
     def summary(self) -> None:
@@ -373,6 +437,7 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     parser.add_argument("--cases", nargs="+", default=["demo", "qwen3_4layers"])
     parser.add_argument("--meshes", nargs="+", default=list(MESHES))
+    parser.add_argument("--jobs", nargs="+", default=[], metavar="'CASE MESH ...'", help="these, instead of all cases")
     parser.add_argument("--seconds", type=float, default=260.0, help="for everything")
     parser.add_argument("--cpu", action="store_true", help="a tiny model on gloo")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -387,11 +452,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # of each of the many processes
-        # The one-GPU runs of the two models on a GPU each.
-        jobs = [
-            Job(case, mesh, i % 2 if mesh == "tp=1" else 0, pathlib.Path(folder, f"{case}-{mesh.replace('=', '')}.x"))
-            for i, case in enumerate(options.cases)
-            for mesh in options.meshes
+        pairs = [job.split(maxsplit=1) for job in options.jobs]
+        pairs = pairs or [[case, mesh] for case in options.cases for mesh in options.meshes]
+        jobs = [  # those on one GPU take turns on the two
+            Job(case, mesh, k % 2 if parse(mesh)[0].world == 1 else 0, pathlib.Path(folder, f"{case}-{k}.x"))
+            for k, (case, mesh) in enumerate(pairs)
         ]
         driver = Driver(options, jobs)
         try:

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 -m benchmarks.train_step --mesh tp=2
 
 Cases: `demo` (the model of `make demo`) and `qwen3_4layers` (four layers of Qwen3-30B-A3B, its whole vocabulary);
-`tiny` serves to try mesh_runs.py on a CPU.
+`qwen3_layer` and `mixtral_layer` are one layer with a vocabulary of 1,024; `tiny` serves to try mesh_runs.py on a CPU.
 Losses of 20 AdamW steps are compared before anything is timed. Writes benchmarks/results/train_step.json, or --out.
 """
 
@@ -22,19 +22,23 @@ import time
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 import tedcompile
 from tedcompile.mesh import MeshShape
 
 CASES = {
     "demo": (
+        Qwen3MoeConfig,
         dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
              vocab_size=256, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True),
         (8, 1024),
     ),
-    "qwen3_4layers": (dict(num_hidden_layers=4, norm_topk_prob=True), (4, 4096)),
+    "qwen3_4layers": (Qwen3MoeConfig, dict(num_hidden_layers=4, norm_topk_prob=True), (4, 4096)),
+    "qwen3_layer": (Qwen3MoeConfig, dict(num_hidden_layers=1, vocab_size=1024, norm_topk_prob=True), (4, 4096)),
+    "mixtral_layer": (MixtralConfig, dict(num_hidden_layers=1, vocab_size=1024), (4, 4096)),
     "tiny": (
+        Qwen3MoeConfig,
         dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
              vocab_size=256, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True),
         (2, 64),
@@ -44,7 +48,7 @@ STEPS, TIMED = 20, 10
 
 
 def batches(case: str, rank: int, device: torch.device):
-    config, shape = CASES[case]
+    _, config, shape = CASES[case]
     vocab = config.get("vocab_size", 151936)
     generator = torch.Generator().manual_seed(1 + rank)
     return [torch.randint(vocab, shape, generator=generator).to(device) for _ in range(4)]
@@ -52,9 +56,9 @@ def batches(case: str, rank: int, device: torch.device):
 
 def build(case: str, dtype: torch.dtype, device: torch.device):
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(**CASES[case][0])
+    kind, sizes, _ = CASES[case]
     with torch.device(device):
-        return Qwen3MoeForCausalLM._from_config(config, dtype=dtype).train()
+        return AutoModelForCausalLM.from_config(kind(**sizes), dtype=dtype).train()
 
 
 def prepare(system: str, model, mesh):

@@ -133,6 +133,19 @@ def replay(joint: GraphModule, backward: GraphModule) -> None:
         node.meta.pop("unbacked_bindings", None)
 
 
+def costs(joint: GraphModule, forward: GraphModule, backward: GraphModule, outputs: int) -> tuple[int, float]:
+    """(bytes that the forward keeps for the backward, work of what the backward recomputes, in bytes moved).
+
+    Bytes beside the inputs, on this rank, with balanced routing.
+    """
+    sizes = _Sizes(joint.graph)
+    made = graphs.forward_nodes(joint.graph, outputs)
+    names = {n.name: n for n in made}
+    kept = {base(names[n.name]) for n in forward.graph.output_node().args[0][outputs:] if n.name in names}
+    again = {names[n.name] for n in backward.graph.nodes if n.op == "call_function" and n.name in names}
+    return sum(sizes(n) for n in kept if n.op != "placeholder"), sum(map(sizes.work, again))
+
+
 # ---- selective ------------------------------------------------------------------------------------------------------
 
 
@@ -194,13 +207,15 @@ def _walk(roots: Iterable[Node], keep: set[Node], replayed: set[Node]) -> tuple[
 
 
 class _Sizes:
-    """Bytes of values, an all-to-all's with balanced routing: it brings as many rows as it sends."""
+    """Bytes of values, those with a number of rows that depends on data with balanced routing (`meta["custom"]`)."""
 
     def __init__(self, graph: Graph):
         self.hints: dict[Any, int] = {}
-        for n in graph.find_nodes(op="call_function", target=ops.all_to_all.default):
-            if not isinstance(shape(n)[0], int):
-                self.hints[compat.expression(shape(n)[0])] = self.numel(shape(n.args[0])[:1])
+        for n in graph.nodes:
+            if n.target in graphs.RAGGED and "rows" in n.meta.get("custom", {}):
+                rows = graphs.rows(n)
+                if not isinstance(rows, int):
+                    self.hints[compat.expression(rows)] = n.meta["custom"]["rows"]
 
     def numel(self, sizes: Iterable[Any]) -> int:
         return math.prod(s if isinstance(s, int) else int(compat.expression(s).subs(self.hints)) for s in sizes)

@@ -6,6 +6,7 @@ Autograd derives the backward (AOTAutograd's joint graph) from the rewritten for
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from tedcompile import compat
+from tedcompile import compat, graphs
+from tedcompile.layouts import D, S
 from tedcompile.options import Options
 from tedcompile.passes import checkpoint, lower, reduce_gradients, save_collectives, small_sizes
 from tedcompile.pipeline import Context, run_pass
@@ -24,8 +26,13 @@ BACKENDS = ("inductor", "eager")
 class _Forward(torch.nn.Module):
     """Runs the graph node by node, with the autocast state each node was captured under."""
 
-    def __init__(self, gm: GraphModule, device: torch.device):
+    def __init__(self, gm: GraphModule, device: torch.device, tp: int):
         super().__init__()
+        for node in gm.graph.nodes:
+            if node.target in graphs.RAGGED:  # the joint graph has a symbol there; "custom" reaches it
+                layout = node.meta["layout"]
+                own = isinstance(layout, tuple) and layout[0].kind in "SD" or layout in (D, S(0))
+                node.meta["custom"] = {"rows": graphs.rows(node) // (tp if own else 1)}
         self.run, self.device = _Runner(gm, device).run, device
 
     def forward(self, *args):
@@ -108,7 +115,7 @@ def build(
         with outer:
             joint = compat.aot_export_joint_with_descriptors(
                 stack,
-                _Forward(gm, device),
+                _Forward(gm, device, ctx.shape.tp),
                 tuple(fakes),
                 decompositions=compat.select_decomp_table() if backend == "inductor" else None,
             )
@@ -128,7 +135,7 @@ def build(
         stack_free = _compiler(backend, names)
         return compat.aot_compile_joint_with_descriptors(
             joint,
-            partition_fn=partition,
+            partition_fn=functools.partial(partition, ctx),
             fw_compiler=stack_free(False, not train),
             bw_compiler=stack_free(True, False),
         )
@@ -143,8 +150,10 @@ def _joint_passes(options: Options) -> list[tuple[str, Callable]]:
     return passes
 
 
-def partition(joint: GraphModule, inputs: Any, **options: Any) -> tuple[GraphModule, GraphModule]:
+def partition(ctx: Context, joint: GraphModule, inputs: Any, **options: Any) -> tuple[GraphModule, GraphModule]:
     forward, backward = compat.partition(joint, inputs, **options)
+    ctx.saved, work = checkpoint.costs(joint, forward, backward, ctx.outputs)
+    ctx.replay = work / ctx.machine.copy
     checkpoint.replay(joint, backward)
     backward.recompile()
     return forward, backward

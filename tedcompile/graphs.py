@@ -29,6 +29,15 @@ KEPT = ("nn_module_stack", "stack_trace", "autocast")
 PLACES = {ops.slice.default, ops.gather.default, ops.gather_enter.default, ops.reduce_scatter.default,
           ops.gather_rows.default, ops.scatter_rows.default}  # fmt: skip
 
+# ops whose number of rows depends on data
+RAGGED = {ops.all_to_all.default, ops.select.default, ops.gather_rows.default}
+
+
+def rows(node: Node) -> Any:
+    """The number of rows of a ragged op's (first) result."""
+    value = node.meta["val"]
+    return (value[0] if isinstance(value, (tuple, list)) else value).shape[0]
+
 
 def value_of(node: Node) -> Any:
     """The fake *global* value of a node from those of its arguments; a move between layouts does not change it."""

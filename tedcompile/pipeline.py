@@ -69,7 +69,8 @@ class Context:
 
     `fixed`: layouts by parameter name that an earlier signature has decided. `show` makes of the graph what the record
     of the pass named `dump` keeps, before and after it. `outputs`: the number of outputs of the
-    joint graph that are the forward's.
+    joint graph that are the forward's. `saved`: bytes kept for the backward; `replay`: seconds of recomputation in it,
+    predicted.
     """
 
     shape: MeshShape
@@ -84,6 +85,8 @@ class Context:
     records: list[Record] = field(default_factory=list)
     gradients: dict[int, dict[str, Layout]] = field(default_factory=dict)
     outputs: int = 0
+    saved: int = 0
+    replay: float = 0.0
     fixed: dict[Node, Layout] | None = None
 
     def mutated(self, gm: GraphModule) -> dict[Node, Node]:

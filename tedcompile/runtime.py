@@ -40,7 +40,10 @@ class _ToLocal(torch.autograd.Function):
 
 @dataclass
 class Program:
-    """A compiled signature: where each placeholder's value comes from, and how outputs go back."""
+    """A compiled signature: where each placeholder's value comes from, and how outputs go back.
+
+    `saved`: bytes kept for the backward; `replay`: seconds of recomputation in it, predicted (`compile.partition`).
+    """
 
     run: Callable
     sources: list[tuple[str, Any]]
@@ -49,6 +52,8 @@ class Program:
     kept: list[int]
     leaves: int
     buffers: list[str]
+    saved: int
+    replay: float
 
 
 class ParallelModule:
@@ -267,8 +272,8 @@ class Runtime:
             run = self.together(work)
         self.replicated = [(pipeline.where(node), reason) for node, reason in ctx.replicated]
         buffers = [b.meta["role"][1] for b in ctx.mutations]
-        leaves_out = captured.out_spec.num_leaves
-        return Program(run, sources, captured.constants, captured.out_spec, kept, leaves_out, buffers)
+        spec = captured.out_spec
+        return Program(run, sources, captured.constants, spec, kept, spec.num_leaves, buffers, ctx.saved, ctx.replay)
 
     def check_tensor_parallel_inputs(self, leaves: list) -> None:
         """Tensor-parallel ranks must bring the same batch: other batches would be silent garbage."""

@@ -58,8 +58,8 @@ def parts(
     """The forward and backward graphs, collectives still named by axis."""
     partition, found = compile.partition, []
 
-    def look(joint, inputs, **given):
-        found.extend(partition(joint, inputs, **given))
+    def look(ctx, joint, inputs, **given):
+        found.extend(partition(ctx, joint, inputs, **given))
         raise Stop
 
     with unittest.mock.patch.object(compile, "partition", look), contextlib.suppress(Stop):
