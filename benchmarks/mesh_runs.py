@@ -142,7 +142,9 @@ def train(options: argparse.Namespace) -> None:
     (program,) = model._ted.programs.values()
     result["replay_ms"], result["saved_gib"] = 1e3 * program.replay, program.saved / 2**30
     result["compilations_after_first_step"] = len(compilations(model) ^ compiled)
-    result["replicas_apart"] = len(apart(model, mesh))
+    different = apart(model, mesh)
+    result["replicas_apart"] = len(different)
+    print(*(f"not equal on all ranks: {name}" for name in different), sep="\n", flush=True)
     write()
 
     turn("time")
@@ -429,7 +431,8 @@ class Driver:
         for job in self.jobs:
             numbers = found.get((job.case, f"tedcompile {job.mesh}"), {})
             print(job.name, {k: float(f"{v:.5g}") for k, v in numbers.items()}, job.error, flush=True)
-        print(*(job.log() for job in self.jobs if job.error), sep="\n", flush=True)
+        wrong = [job for job in self.jobs if job.error or job.result().get("replicas_apart")]
+        print(*(job.log() for job in wrong), sep="\n", flush=True)
 
 
 def main() -> int:

@@ -20,10 +20,13 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: F401
 
 
-def compile_fx_inner(*args, **kwargs):
-    from torch._inductor.compile_fx import compile_fx_inner  # seconds, and only this backend needs it
+def compile_fx_inner(*args, deterministic: bool = False, **kwargs):
+    """`deterministic`: no kernel whose rounding differs is chosen by timing, so all ranks run the same ones."""
+    from torch._inductor import config  # seconds, and only this backend needs it
+    from torch._inductor.compile_fx import compile_fx_inner
 
-    return compile_fx_inner(*args, **kwargs)
+    with config.patch(deterministic=deterministic):
+        return compile_fx_inner(*args, **kwargs)
 
 
 def partition(joint: GraphModule, inputs: Any, **options: Any) -> tuple[GraphModule, GraphModule]:

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from tedcompile import compat, graphs
 from tedcompile.layouts import D, S
 from tedcompile.options import Options
-from tedcompile.passes import checkpoint, lower, reduce_gradients, save_collectives, small_sizes
+from tedcompile.passes import checkpoint, deterministic, lower, reduce_gradients, save_collectives, small_sizes
 from tedcompile.pipeline import Context, run_pass
 
 BACKENDS = ("inductor", "eager")
@@ -132,7 +132,7 @@ def build(
             ctx.outputs = first
             for name, run in _joint_passes(ctx.options):
                 run_pass(name, run, graph, ctx)
-        stack_free = _compiler(backend, names)
+        stack_free = _compiler(backend, names, deterministic=ctx.shape.tp > 1)
         return compat.aot_compile_joint_with_descriptors(
             joint,
             partition_fn=functools.partial(partition, ctx),
@@ -142,7 +142,11 @@ def build(
 
 
 def _joint_passes(options: Options) -> list[tuple[str, Callable]]:
-    passes: list[tuple[str, Callable]] = [("reduce_gradients", reduce_gradients.run), ("small_sizes", small_sizes.run)]
+    passes: list[tuple[str, Callable]] = [
+        ("reduce_gradients", reduce_gradients.run),
+        ("small_sizes", small_sizes.run),
+        ("deterministic", deterministic.run),
+    ]
     if options.checkpoint != "none":
         if options.saves_collectives:
             passes.append(("save_collectives", save_collectives.run))
@@ -165,12 +169,15 @@ def _erase_asserts(gm: GraphModule) -> None:
             gm.graph.erase_node(node)
 
 
-def _compiler(backend: str, names: dict[str, str]):
+def _compiler(backend: str, names: dict[str, str], deterministic: bool):
+    """`deterministic`: what tp ranks hold alike must be bit-equal, and one reduction tuned otherwise is enough."""
+
     def kind(backward: bool, inference: bool):
         def compile_graph(gm: GraphModule, example_inputs: list) -> Callable:
             lower.run(gm, names)
             if backend == "inductor":
-                return compat.compile_fx_inner(gm, example_inputs, is_backward=backward, is_inference=inference)
+                options = dict(is_backward=backward, is_inference=inference, deterministic=deterministic)
+                return compat.compile_fx_inner(gm, example_inputs, **options)
             for node in gm.graph.nodes:  # a kernel's strides may be others than its fake's: those of gelu on CPUs are
                 if node.target is aten.view.default:
                     node.target = aten.reshape.default

@@ -249,13 +249,18 @@ def permute(x, index, experts):
     slot, order (T*K,) the slot (t*K+k) of each row. Slots with index -1 are no rows: they come last and no count has
     them. VJP: a gather-sum over `perm`.
     """
+    counts, perm, order = _route(index, experts)
+    return x[order // index.shape[1]], counts, perm, order
+
+
+def _route(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     flat = index.reshape(-1)
     flat = torch.where(flat < 0, experts, flat)
     order = torch.argsort(flat, stable=True)
     perm = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     counts = torch.zeros(experts + 1, dtype=torch.int64, device=flat.device)
     counts.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int64))
-    return x[order // index.shape[1]], counts[:experts].clone(), perm.view(index.shape), order
+    return counts[:experts].clone(), perm.view(index.shape), order
 
 
 @define(
@@ -264,7 +269,7 @@ def permute(x, index, experts):
 )
 def route(index, experts):
     """`permute` without its rows: index (T, K) int, experts E -> counts (E,), perm (T, K), order (T*K,)."""
-    return permute(index.new_empty(index.shape[0], 0), index, experts)[1:]
+    return _route(index, experts)
 
 
 # of a sum over each token's rows: every row gets its token's cotangent
@@ -324,9 +329,9 @@ def _fake_select(x, index, experts):
 )
 def select(x, index, experts):
     """`permute` without the slots of index -1: rows (N, H) are as many as have an expert; perm is -1 for the others."""
-    rows, counts, perm, order = permute(x, index, experts)
-    number = int(counts.sum())
-    return rows[:number].clone(), counts, torch.where(index < 0, -1, perm), order[:number].clone()
+    counts, perm, order = _route(index, experts)
+    order = order[: int(counts.sum())].clone()
+    return x[order // index.shape[1]], counts, torch.where(index < 0, -1, perm), order
 
 
 @define(
@@ -632,6 +637,23 @@ def regroup(received, rows):
     experts = torch.repeat_interleave(experts, received.reshape(-1), output_size=rows.shape[0])
     order = torch.argsort(experts, stable=True)
     return order, torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+
+
+# ---- sums in one order ----------------------------------------------------------------------------------------------
+
+
+@define("sum_into(Tensor x, Tensor?[] indices, Tensor values) -> Tensor", same)
+def sum_into(x, indices, values):
+    """x.index_put(indices, values, accumulate=True), which sorts on CUDA; Inductor's own adds atomically."""
+    return torch.ops.aten.index_put(x, indices, values, True)
+
+
+@define("sum_along(Tensor x, int dim, Tensor index, Tensor src) -> Tensor", same)
+def sum_along(x, dim, index, src):
+    """x.scatter_add(dim, index, src), by `sum_into`."""
+    places = [torch.arange(n, device=x.device).view(-1, *[1] * (x.dim() - 1 - d)) for d, n in enumerate(index.shape)]
+    places[dim] = index
+    return sum_into(x, places, src[tuple(slice(n) for n in index.shape)])
 
 
 # ---- vocabulary parallelism -----------------------------------------------------------------------------------------
