@@ -17,7 +17,15 @@ from torch.fx import GraphModule, Interpreter, Node
 from tedcompile import compat, graphs
 from tedcompile.layouts import D, S
 from tedcompile.options import Options
-from tedcompile.passes import checkpoint, deterministic, lower, reduce_gradients, save_collectives, small_sizes
+from tedcompile.passes import (
+    checkpoint,
+    deterministic,
+    lower,
+    peepholes,
+    reduce_gradients,
+    save_collectives,
+    small_sizes,
+)
 from tedcompile.pipeline import Context, run_pass
 
 BACKENDS = ("inductor", "eager")
@@ -142,7 +150,10 @@ def build(
 
 
 def _joint_passes(options: Options) -> list[tuple[str, Callable]]:
-    passes: list[tuple[str, Callable]] = [
+    passes: list[tuple[str, Callable]] = []
+    if "simplify_collectives" not in options.off:
+        passes.append(("peepholes", peepholes.run))
+    passes += [
         ("reduce_gradients", reduce_gradients.run),
         ("small_sizes", small_sizes.run),
         ("deterministic", deterministic.run),

@@ -35,7 +35,7 @@ from tedcompile.layouts import Call, Layout, NoRule, R, Sections, aten
 from tedcompile.mesh import MeshShape, shape_of
 from tedcompile.ops import ops
 from tedcompile.options import Options
-from tedcompile.passes import checkpoint, reduce_gradients, small_sizes
+from tedcompile.passes import checkpoint, peepholes, reduce_gradients, small_sizes
 from tedcompile.plan import CHAIN
 from tedcompile.runtime import plain, select_outputs
 
@@ -463,6 +463,7 @@ def collectives(
     shapes, letters = _Shapes(gm, mesh), _Letters(gm, list(blocks))
     got = _cotangents(gm)
     rows: Counter[tuple] = Counter()
+    merged: dict[tuple, list[Node]] = {}
 
     def add(kind: str, axis: str, role: str, phase: str, module: str, operands: list[Node]) -> None:
         size = sum(_bytes(a.meta["val"], shapes.local(a)) for a in operands)
@@ -480,8 +481,16 @@ def collectives(
         add(graphs.collective(node), node.args[-1], "payload", "recompute", _pattern(module_path(node)), [node.args[0]])
     for node in reversed(gm.graph.nodes):
         if node in got and node.target in BACKWARD and node.args[0].meta.get("grad"):
+            kind, axis = BACKWARD[node.target], node.args[-1]
+            small = kind == "all_reduce" and _bytes(node.meta["val"], shapes.local(node)) <= peepholes.MERGED
+            if node.meta["weights_only"] and small and "simplify_collectives" not in options.off:
+                merged.setdefault((axis, node.meta["val"].dtype), []).append(node)
+                continue
             role = "gradient" if node.meta["weights_only"] else "payload"
-            add(BACKWARD[node.target], node.args[-1], role, "backward", _pattern(module_path(node)), [node])
+            add(kind, axis, role, "backward", _pattern(module_path(node)), [node])
+    for (axis, _), nodes in merged.items():
+        for bucket in _filled(nodes, shapes, peepholes.MERGED):
+            add("all_reduce", axis, "gradient", "backward", _common([_pattern(module_path(n)) for n in bucket]), bucket)
     for axis, members in _buckets(gm, shapes, got):
         module = _common([_pattern(p.meta["role"][1]).rpartition(".")[0] for p in members])
         add("all_reduce", axis, "gradient", "backward", module, members)
@@ -547,6 +556,21 @@ def _buckets(gm: GraphModule, shapes: _Shapes, got: set[Node]) -> Iterator[tuple
             if size >= reduce_gradients.BUCKET or p is parameters[-1]:
                 yield axis, bucket
                 bucket, size = [], 0
+
+
+def _filled(nodes: list[Node], shapes: _Shapes, limit: int) -> Iterator[list[Node]]:
+    """The nodes in groups of at most `limit` bytes."""
+    bucket: list[Node] = []
+    size = 0
+    for node in nodes:
+        more = _bytes(node.meta["val"], shapes.local(node))
+        if bucket and size + more > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(node)
+        size += more
+    if bucket:
+        yield bucket
 
 
 class _Letters:
