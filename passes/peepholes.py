@@ -79,7 +79,7 @@ def sum_of_results(graph: Graph, node: Node) -> bool:
         return False
     a, b = node.args
     alike = a.target in LINEAR and a.target is b.target and a.args[1:] == b.args[1:]
-    if not alike or shape(a) != shape(b) or val(a).dtype != val(b).dtype or len(a.users) + len(b.users) > 2:
+    if not alike or str(shape(a)) != str(shape(b)) or val(a).dtype != val(b).dtype or len(a.users) + len(b.users) > 2:
         return False
     with graph.inserting_before(node):
         total = graphs.call(graph, aten.add.Tensor, (a.args[0], b.args[0]), a.args[0])
@@ -100,7 +100,7 @@ def merge(graph: Graph) -> None:
     """Small all-reduces that only outputs of the graph read become one, where the last of them is."""
     families: dict[tuple, list[list[Node]]] = {}
     for node in graph.find_nodes(op="call_function", target=ops.all_reduce.default):
-        if size(node) > MERGED or not _leaves(node):
+        if not _leaves(node) or not isinstance(size(node), int) or size(node) > MERGED:
             continue
         groups = families.setdefault((node.args[1], val(node).dtype), [[]])
         if sum(map(size, groups[-1])) + size(node) > MERGED:
