@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 
 from tedcompile import graphs
 from tedcompile.blocks import Block
-from tedcompile.layouts import D, E, P, R, S, aten, shape
+from tedcompile.layouts import D, E, P, R, S, shape
 from tedcompile.ops import ops
 from tedcompile.passes.shard_experts import place, reread, unbake
 
@@ -171,7 +171,7 @@ class _Tokens:
         if self.over_tp:
             args = (part, self.sizes, self.arrived[0], "tp")
             part, layout = self.add(ops.scatter_rows.default, args, D, val, self.leave), D
-        swapped = self.add(aten.flip.default, (self.splits, [0]), self.splits.meta["layout"])
+        swapped = self.add(ops.way_back.default, (self.splits,), self.splits.meta["layout"])
         args = (part, swapped, self.pairs, self.axis)
         home = self.add(ops.all_to_all_like.default, args, layout, val, self.leave)
         layout = S(0) if self.own else layout

@@ -98,7 +98,7 @@ def _dispatch(gm: GraphModule, block: Block, mesh, axis: str) -> None:
             home = add(ops.take.default, (y, back, forth), like, value, layout)
             if scattered:
                 home, layout = add(ops.scatter_rows.default, (home, sizes, arrived[0], "tp"), like, value, D), D
-            swapped = add(aten.flip.default, (splits, [0]), like, layout=own)
+            swapped = add(ops.way_back.default, (splits,), like, layout=own)
             home = add(ops.all_to_all_like.default, (home, swapped, rows, axis), like, value, layout)
         leave.args = (home, *leave.args[1:])
     place(block, mesh)

@@ -512,12 +512,18 @@ def splits(sent, received):
 
 def _all_to_all_vjp(ctx, g):
     x, splits = ctx.saved_tensors
-    return ops.all_to_all_like(g, splits.flip(0), x, ctx.axis), None, None
+    return ops.all_to_all_like(g, ops.way_back(splits), x, ctx.axis), None, None
 
 
 def _save_all_to_all(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], inputs[1])
     ctx.axis = inputs[-1]
+
+
+@define("way_back(Tensor splits) -> Tensor", same)
+def way_back(splits):
+    """splits (2, size) [to, from] -> [from, to]. An op of ours: ATen's, on the host, would be a C++ kernel to compile."""
+    return splits.flip(0)
 
 
 @define(
@@ -541,7 +547,7 @@ def _exchange(x: Tensor, out: Tensor, to: list[int], from_: list[int], axis: str
 
 def _all_to_all_like_vjp(ctx, g):
     x, splits = ctx.saved_tensors
-    return ops.all_to_all_like(g, splits.flip(0), x, ctx.axis), None, None, None
+    return ops.all_to_all_like(g, ops.way_back(splits), x, ctx.axis), None, None, None
 
 
 @define(

@@ -84,8 +84,8 @@ def test_pinned():
         "ted.per_expert(p_down_bias, sum_dim_int_list, take_default)",
         "aten.add.Tensor(grouped_mm_1, per_expert_1)",
         "ted.take(add_2, getitem_9, getitem_8)",
-        "aten.flip(splits_default, [0])",
-        "ted.all_to_all_like(take_default_1, flip_default, getitem_2, ep)",
+        "ted.way_back(splits_default)",
+        "ted.all_to_all_like(take_default_1, way_back_default, getitem_2, ep)",
         "ted.unpermute(all_to_all_like_default, getitem_4, getitem_5, getitem)",
         "aten.add.Tensor(x, unpermute)",
     ]
