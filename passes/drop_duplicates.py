@@ -9,6 +9,9 @@ All tp ranks hold the same tokens, so an all-to-all over ep would carry each row
 the rows of all tp ranks where experts are split over tp, and gathers T tokens, not T*K rows, after the combine.
 Where tp does not divide T, tokens of index -1 are added: they are no rows and reach no expert.
 
+Dropped before the gate (Parm, arXiv 2407.00599), the router too sees a rank's own tokens only, and what else reads its
+results gathers them. Dropped after it by request, the router is marked (`meta["pinned"]`) to stay whole.
+
 Needs: canonical MoE ops, before layouts, and the plan of each block (`plan_dispatch`).
 """
 
@@ -26,7 +29,37 @@ from tedcompile.passes import shard_experts
 def run(gm: GraphModule, ctx) -> None:
     for node in list(gm.graph.nodes):
         if node.target is ops.permute.default and "dispatch" in node.meta and node.meta["dispatch"].drop:
-            _drop(gm.graph, Block.of(node), ctx.shape.tp)
+            block, point = Block.of(node), node.meta["dispatch"].point
+            if point == "before_gate":
+                _before_gate(gm.graph, block)
+            elif point == "after_gate":
+                for n in router(block):
+                    n.meta["pinned"] = True
+            _drop(gm.graph, block, ctx.shape.tp)
+
+
+def router(block: Block) -> set[Node]:
+    """The ops that make indices and weights of a block's own tokens; empty if they are made of other values."""
+    x, index, _ = block.permute.args
+    made, pending = set(), [index, *(n.args[3] for n in block.leaves if n.target is ops.unpermute.default)]
+    while pending:
+        node = pending.pop()
+        if node is not x and node not in made and node.op == "call_function" and not node.meta["weights_only"]:
+            made.add(node)
+            pending += node.all_input_nodes
+    reached = {x}
+    for node in block.permute.graph.nodes:
+        if node in made and reached.intersection(node.all_input_nodes):
+            reached.add(node)
+    return reached - {x} if index in reached else set()
+
+
+def _before_gate(graph: Graph, block: Block) -> None:
+    x = block.permute.args[0]
+    with graphs.after(graph, x):
+        own = graphs.call(graph, ops.drop.default, (x,), block.permute)
+    for node in router(block):
+        node.replace_input_with(x, own)
 
 
 def _drop(graph: Graph, block: Block, tp: int) -> None:

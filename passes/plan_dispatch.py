@@ -17,8 +17,9 @@ from tedcompile import cost
 from tedcompile.blocks import Block, refusal
 from tedcompile.layouts import Dispatch, shape
 from tedcompile.ops import ops
+from tedcompile.passes import drop_duplicates
 
-LATER = {"drop_point": "after_gate", "chunks": 1}  # what the cost model weighs and no pass does yet
+LATER = {"chunks": 1}  # what the cost model weighs and no pass does yet
 
 
 def run(gm: GraphModule, ctx) -> None:
@@ -62,7 +63,19 @@ def _plan(ctx, block: Block) -> Dispatch | None:
     best = found.best.candidate
     if best.experts == "tensor" and mesh.ep == 1:
         return None  # split inside, by the layouts alone
-    return Dispatch(best.experts, best.dispatch, best.drop)
+    point = best.drop_point if best.drop and ("drop_point" in plan or best.drop_point == "before_gate") else ""
+    if point == "before_gate" and not _gate_splits(block, mesh.tp):
+        if "drop_point" in ctx.options.plan:
+            raise ValueError(
+                f"plan: drop_point=before_gate, but {sizes.T} tokens do not divide over tp={mesh.tp}, or they are "
+                "routed by other values than those that the experts get; leave drop_point out"
+            )
+        point = ""
+    return Dispatch(best.experts, best.dispatch, best.drop, point)
+
+
+def _gate_splits(block: Block, tp: int) -> bool:
+    return shape(block.permute.args[1])[0] % tp == 0 and bool(drop_duplicates.router(block))
 
 
 def _sizes(block: Block) -> cost.Block | None:

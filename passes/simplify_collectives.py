@@ -119,7 +119,7 @@ class _Region:
         """Whether a value is R, and made by an op that could as well make it split."""
         layout = a.meta.get("layout")
         kinds = set(layout) if isinstance(layout, tuple) else {layout}
-        return a.op == "call_function" and kinds == {R} and "dispatch" not in a.meta
+        return a.op == "call_function" and kinds == {R} and not {"dispatch", "pinned"} & a.meta.keys()
 
     def call(self, node: Node, given: dict[Node, Any]) -> tuple[Any, _TokenCall] | None:
         known = {a: given.get(a, self.layout(a)) for a in node.all_input_nodes}

@@ -22,7 +22,7 @@ KINDS = {
     "scatter_rows": "reduce_scatter",
 }  # fmt: skip
 
-KEPT = ("nn_module_stack", "stack_trace", "autocast")
+KEPT = ("nn_module_stack", "stack_trace", "autocast", "pinned")
 
 
 # moves between layouts, which change where a value is and not what it is

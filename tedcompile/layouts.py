@@ -82,11 +82,13 @@ class Dispatch:
     tp rank computes its own rows.
     kind: what travels over ep. all_to_all: T*K rows. dedup: a token once to each rank that holds any of its experts.
     all_gather: all tokens to all ranks, and partial sums back by reduce-scatter.
+    point: where tokens that all tp ranks hold are dropped: before_gate, after_gate, or empty, where bytes decide.
     """
 
     experts: str = "tensor"
     kind: str = "all_to_all"
     drop: bool = False
+    point: str = ""
 
     @property
     def axis(self) -> str:

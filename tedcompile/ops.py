@@ -522,7 +522,7 @@ def _save_all_to_all(ctx, inputs, output):
 
 @define("way_back(Tensor splits) -> Tensor", same)
 def way_back(splits):
-    """splits (2, size) [to, from] -> [from, to]. An op of ours: ATen's, on the host, would be a C++ kernel to compile."""
+    """splits (2, size) [to, from] -> [from, to]; an op of ours, for ATen's would be a C++ kernel to compile."""
     return splits.flip(0)
 
 

@@ -17,6 +17,7 @@ PLANS: dict[str, tuple[str, ...]] = {
     "dispatch": ("all_to_all", "dedup", "all_gather"),
     "experts": ("tensor", "folded"),
     "drop": ("yes", "no"),
+    "drop_point": ("before_gate", "after_gate"),
 }
 CHECKPOINTS = ("none", "full", "selective")
 

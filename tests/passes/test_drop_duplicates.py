@@ -92,3 +92,48 @@ def test_off():
     gm, ctx = distributed(Experts(), batches(1)[0], MeshShape(ep=2, tp=2), off=["drop_duplicates"])
     assert "drop_duplicates" not in [r.name for r in ctx.records]
     assert pipeline.collectives(gm)["all_gather"] == 0
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(ep=2, tp=2), MeshShape(dp=2, ep=2, tp=2)], ids=str)
+@pytest.mark.parametrize("experts_plan", ["tensor", "folded"])
+@pytest.mark.parametrize("off", [[], ["simplify_collectives"]], ids=["algebra", "no algebra"])
+@pytest.mark.parametrize("point", ["before_gate", "after_gate"])
+def test_tokens_are_dropped_before_or_after_the_gate(point, off, experts_plan, mesh, monkeypatch):
+    data = batches(mesh["data"])
+    plan = {"experts": experts_plan, "drop_point": point, "drop": "yes"}
+    graph = distributed(Experts(), data[0], mesh, plan=plan, off=off)
+    gm = parity(Experts(), data, mesh, monkeypatch, graph)
+    (gate,) = (n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default)
+    assert str(gate.meta["layout"]) == ("S(0)" if point == "before_gate" else "R")
+
+
+@pytest.mark.parametrize("kind", ["dedup", "all_gather"])
+def test_before_the_gate_whatever_travels(kind, monkeypatch):
+    mesh = MeshShape(ep=2, tp=2)
+    data = batches(mesh["data"])
+    plan = {"dispatch": kind, "drop_point": "before_gate"}
+    graph = distributed(Experts(), data[0], mesh, plan=plan, off=["simplify_collectives"])
+    parity(Experts(), data, mesh, monkeypatch, graph)
+
+
+def test_a_drop_before_the_gate_that_cannot_be_is_refused_by_its_sizes():
+    plan = {"drop_point": "before_gate"}
+    with pytest.raises(ValueError, match="6 tokens do not divide over tp=4"):
+        distributed(Experts(experts=8), batches(1, experts=8)[0], MeshShape(ep=2, tp=4), plan=plan)
+
+
+class RoutedByOthers(Experts):
+    def forward(self, x, skew):
+        weights, index = (self.router(x.flip(0) * 2) + skew).softmax(-1).topk(2)
+        rows, counts, perm, order = ops.permute(x * 3, index, self.experts)
+        y = ops.grouped_mm(rows, self.up, counts)
+        y = ops.grouped_mm(y[:, : y.shape[1] // 2].tanh(), self.down, counts)
+        return x + ops.unpermute(y, perm, order, weights)
+
+
+def test_tokens_routed_by_other_values_are_dropped_after_the_gate(monkeypatch):
+    mesh = MeshShape(ep=2, tp=2)
+    data = batches(mesh["data"])
+    with pytest.raises(ValueError, match="routed by other values"):
+        distributed(RoutedByOthers(), data[0], mesh, plan={"drop_point": "before_gate"})
+    parity(RoutedByOthers(), data, mesh, monkeypatch, distributed(RoutedByOthers(), data[0], mesh))
