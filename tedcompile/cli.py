@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import io
 import json
 import logging
@@ -11,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from tedcompile import calibrate
 from tedcompile.explain import BATCH, DTYPES, SEQ, Style, analyse, choose, render
@@ -22,10 +24,26 @@ folder with one, or file.py:function, a function that returns (model, example_in
 No weights, devices or processes are needed."""
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="tedcompile", description="Tensor x expert x data parallelism for plain MoE models."
-    )
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError for what it cannot read, and names an unknown option before a missing one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+    def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        options, rest = self.parse_known_args(argv)
+        if rest:
+            name = next((r.partition("=")[0] for r in rest if r.startswith("-")), "")
+            if not name:
+                raise ValueError(f"{options.command} has no use for {rest[0]!r}")
+            close = difflib.get_close_matches(name, options.known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(options.known)}"
+            raise ValueError(f"unknown option {name}: {hint}")
+        return options
+
+
+def parser() -> Parser:
+    top = Parser(prog="tedcompile", description="Tensor x expert x data parallelism for plain MoE models.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     explain = commands.add_parser(
         "explain",
@@ -36,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = explain.add_argument
     add("model", metavar="MODEL", help="model type, config.json, folder, or file.py:function")
-    add("--mesh", required=True, metavar="dp=1,ep=2,tp=2", help="sizes of the axes; an axis left out has size 1")
+    add("--mesh", metavar="dp=1,ep=2,tp=2", help="sizes of the axes; an axis left out has size 1")
     add("--batch", type=int, metavar="N", help="sequences in one rank's batch (1)")
     add("--seq", type=int, metavar="N", help="positions in a sequence (2048)")
     add("--dtype", metavar="NAME", help="of the parameters: bf16 (default), fp16 or fp32")
@@ -55,13 +73,16 @@ def parser() -> argparse.ArgumentParser:
         "torchrun --nproc-per-node 8 --no-python tedcompile calibrate --out machine.toml",
     )
     measure.add_argument("--out", metavar="FILE.toml", help="where to write the result (default: printed)")
+    for command in (explain, measure):
+        known = [name for action in command._actions for name in action.option_strings if name.startswith("--")]
+        command.set_defaults(known=known)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, or 2 for input that cannot work (one sentence on stderr)."""
-    options = parser().parse_args(argv)
     try:
+        options = parser().read(argv)
         text = calibrate.run(options.out) if options.command == "calibrate" else _explain(options)
     except (ValueError, TypeError) as error:
         print(f"tedcompile: {error}", file=sys.stderr)
@@ -75,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(options: argparse.Namespace) -> str:
+    if options.mesh is None:
+        raise ValueError("explain needs --mesh, the sizes of the axes, as in --mesh ep=4,tp=2")
     shape = MeshShape.parse(options.mesh)
     if options.dtype is not None and options.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {options.dtype!r}: choose bf16, fp16 or fp32")

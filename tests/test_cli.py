@@ -117,6 +117,13 @@ def test_a_users_function(file, capsys):
         (["mixtral", "--mesh", "tp=2", "--pass", "polish"], "unknown pass 'polish': the passes are functionalise, "),
         (["mixtral", "--mesh", "tp=2", "--machine", "h300"], "there is no machine 'h300': choose v100, a100"),
         (["mixtral", "--mesh", "tp=2", "--machine", "no.toml"], "cannot read no.toml: No such file"),
+        (["mixtral"], "explain needs --mesh"),
+        (["mixtral", "--mash", "ep=2,tp=2"], "unknown option --mash: did you mean --mesh?"),
+        (["mixtral", "--mesh", "tp=2", "--sek=8"], "unknown option --sek: did you mean --seq?"),
+        (["mixtral", "--mesh", "tp=2", "--zzz"], "unknown option --zzz: the options are --help, --mesh, "),
+        (["mixtral", "tp=2"], "explain has no use for 'tp=2'"),
+        (["--mesh", "tp=2"], "the following arguments are required: MODEL"),
+        (["mixtral", "--mesh", "tp=2", "--batch", "one"], "argument --batch: invalid int value: 'one'"),
         (["vit", "--mesh", "tp=2"], "transformers has no causal language model of type 'vit'"),
     ],
 )
@@ -168,12 +175,13 @@ def test_without_transformers(monkeypatch, capsys):
     assert "pip install 'tedcompile[hf]'" in failure(capsys, "mixtral", "--mesh", "tp=2")
 
 
-@pytest.mark.parametrize("argv", [[], ["explain"], ["explain", "mixtral"], ["explain", "mixtral", "--mash", "tp=2"]])
-def test_usage(argv, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    assert stopped.value.code == 2
-    assert "usage: tedcompile" in capsys.readouterr().err
+def test_commands(capsys):
+    for argv, words in (([], "required: COMMAND (see tedcompile --help)"), (["explan"], "invalid choice: 'explan'")):
+        assert main(argv) == 2
+        out, err = capsys.readouterr()
+        assert words in err and out == "" and err.count("\n") == 1
+    assert main(["calibrate", "--oot", "x.toml"]) == 2
+    assert "unknown option --oot: did you mean --out?" in capsys.readouterr().err
 
 
 def test_reader_that_stops_reading(file, monkeypatch):
