@@ -17,6 +17,8 @@ NAMES = {"forward_backward_ms": "forward + backward, ms", "step_ms": "step, ms",
          "tokens_per_s_per_gpu": "tokens/s per GPU", "calls": "collectives a step",
          "ep_gib": "sent over ep (or ep x tp), GiB", "tp_gib": "sent over tp, GiB", "peak_gib": "peak memory, GiB",
          "first_step_s": "first step, s",
+         "predicted_ms": "predicted, ms", "time_ratio": "measured / predicted", "link_mib": "sent by a host, MiB",
+         "predicted_link_mib": "predicted, MiB", "bytes_ratio": "bytes measured / predicted",
          "worst_loss_difference": "loss, 20 steps, against the first"}  # fmt: skip
 SYSTEMS = {"hf_eager": "Hugging Face, grouped_mm", "hf_compile": "Hugging Face, grouped_mm + torch.compile"}
 
@@ -74,7 +76,9 @@ def paper(part: str) -> str:
 def main() -> None:
     readme = HERE.parent / "README.md"
     text = readme.read_text()
-    tables = {name: functools.partial(steps, name) for name in ("train_step", "mesh_runs", "communication")}
+    tables = {
+        name: functools.partial(steps, name) for name in ("train_step", "mesh_runs", "communication", "slow_link")
+    }
     tables |= {f"paper_{part}": functools.partial(paper, part) for part in PAPER}
     for name, table in tables.items():
         if (HERE / "results" / f"{name.partition('_')[0] if name.startswith('paper') else name}.json").exists():
