@@ -75,31 +75,32 @@ def work(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=10))
     mesh = dist.init_device_mesh("cpu", (MESH.dp, MESH.ep, MESH.tp), mesh_dim_names=("dp", "ep", "tp"))
     counter = pathlib.Path("/sys/class/net", os.environ["GLOO_SOCKET_IFNAME"], "statistics/tx_bytes")
-    results = {}
+    runs = {}
     for system in options.systems:
         model, batches = build()
         batch = batches[tedcompile.data_rank(mesh)]
         tedcompile.parallelize(
             model, mesh, example_inputs=batch, backend="eager", checkpoint="full", machine=MACHINE, **SYSTEMS[system]
         )
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        losses, seconds, sent = [], [], []
-        for _ in range(options.steps + 1):
+        runs[system] = model, torch.optim.SGD(model.parameters(), lr=0.1), {"seconds": [], "sent": [], "losses": []}
+    for step in range(options.steps + 1):  # in turn, so that what else the machine does falls on all of them
+        for model, optimizer, found in runs.values():
             dist.barrier()
             before, start = int(counter.read_text()), time.perf_counter()
             loss = model(**batch).loss
             loss.backward()
             dist.barrier()
-            seconds.append(time.perf_counter() - start)
-            sent.append(int(counter.read_text()) - before)
-            losses.append(loss.item())
+            if step:  # the first one compiles
+                found["seconds"].append(time.perf_counter() - start)
+                found["sent"].append(int(counter.read_text()) - before)
+            found["losses"].append(loss.item())
             optimizer.step()
             optimizer.zero_grad()
+    results = {}
+    for system, (_, _, found) in runs.items():
         everyone: list = [None] * MESH.world
-        dist.all_gather_object(everyone, losses)
-        results[system] = {"seconds": seconds[1:], "sent": sent[1:], "losses": everyone}  # the first step compiles
-        if dist.get_rank() == 0:
-            print(f"{system}: {statistics.median(seconds[1:]):.2f} s", flush=True)
+        dist.all_gather_object(everyone, found["losses"])
+        results[system] = found | {"losses": everyone}
     if dist.get_rank() == 0:
         options.out.write_text(json.dumps(results))
     dist.destroy_process_group()

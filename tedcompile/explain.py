@@ -3,8 +3,8 @@
 The forward's facts are read from the rewritten graph; the backward's collectives follow from the VJPs of `ops.py` (a
 test compares them with the graph that autograd makes), and the reduction of gradients from `reduce_gradients`.
 
-Letters in formulas: B sequences of S positions, T = B*S tokens in one rank's batch, K experts a token, E experts,
-H hidden, I expert and V vocabulary size, `bytes` of one element.
+Letters in formulas: `LETTERS`. A formula is of one call; numbers in it are sizes of the model that have no letter, and
+bytes of elements that are not of the parameters' dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule, Node
 
 from tedcompile import cost, frontends, graphs, layouts, machines, pipeline
-from tedcompile.capture import bind, capture, layer_of, module_path
+from tedcompile.capture import Captured, bind, capture, layer_of, module_path
 from tedcompile.layouts import Call, Layout, NoRule, R, Sections, aten
 from tedcompile.mesh import MeshShape, shape_of
 from tedcompile.ops import ops
@@ -40,6 +40,14 @@ from tedcompile.plan import CHAIN
 from tedcompile.runtime import plain, select_outputs
 
 BATCH, SEQ = 1, 2048
+LETTERS = {
+    "B": "sequences of one rank", "S": "positions of a sequence", "T": "tokens of one rank, B*S",
+    "K": "experts a token", "E": "experts", "H": "hidden size", "I": "expert size", "V": "vocabulary",
+    "d": "head size",
+    "U": "(token, rank) pairs, a token going once to each of n ranks with any of its experts: expected, with uniform "
+    "routing, T*n*(1 - C(E - E/n, K)/C(E, K)); n = ep, or ep*tp for folded experts",
+    "layers": "layers", "bytes": "of one element",
+}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES |= {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -69,11 +77,12 @@ def explain(
         dtype: of the parameters of a model that is built here, from a configuration or a type.
         off, plan, checkpoint, memory_budget, machine: as for `parallelize`.
 
-    Returns a dict with the keys `model`, `mesh`, `passes`, `collectives`, `parameters`, `replicated`, `machine` and
-    `choices` (the candidates of each kind of MoE block, with predicted seconds, the best first). In each
-    collective `bytes_per_rank` is the op's input on one rank and `wire_bytes` what that rank sends in a ring, both of
-    one call; `count` is over the whole model; experts get as many rows as with balanced routing. The axis `data` is
-    dp and ep together.
+    Returns a dict with the keys `model`, `mesh`, `passes`, `collectives`, `letters` (of the collectives' formulas, with
+    their values), `savings` (of each optimisation: calls, and bytes that a rank sends over ep and tp, with it left out
+    and with it), `parameters`, `replicated`, `machine` and `choices` (the candidates of each kind of MoE block, with
+    predicted seconds, the best first). In each collective `bytes_per_rank` is the op's input on one rank and
+    `wire_bytes` what that rank sends in a ring, both of one call; `count` is over the whole model; experts get as many
+    rows as with balanced routing. The axis `data` is dp and ep together.
 
     Raises ValueError and TypeError as `parallelize` does.
     """
@@ -126,8 +135,13 @@ def analyse(
         model.train(training)
     machine = machines.load(options.machine) if options.machine else machines.default("cuda")
     ctx = pipeline.Context(shape, dump=dump, show=listing.lines, options=options, machine=machine)
+    again = [] if dump or shape["ept"] == 1 else [p for p in REWRITES if p not in options.off]
+    copies = {p: _copy(captured) for p in again if p != "save_collectives"}
     gm = pipeline.run_forward(captured, ctx)
     pipeline.require_axes(gm, ctx)
+    blocks = [block for _, block, _ in ctx.choices]
+    rows, letters = collectives(gm, shape, options, blocks)
+    savings = [_saving(p, gm, ctx, rows, copies.get(p)) for p in again]
     facts = {
         "model": name,
         "mesh": shape.as_dict(),
@@ -142,7 +156,9 @@ def analyse(
             }
             for r in ctx.records
         ],
-        "collectives": collectives(gm, shape, options, [block for _, block, _ in ctx.choices]),
+        "collectives": rows,
+        "letters": letters,
+        "savings": savings,
         "parameters": [_parameter(n, shape) for n in _parameters(gm)],
         "replicated": _replicated(ctx.replicated),
         "machine": machine.name,
@@ -164,6 +180,56 @@ def _example(model: torch.nn.Module, given: dict[str, Any] | tuple | None, batch
     args, kwargs = ((), given) if isinstance(given, dict) else (tuple(given), {})
     named = bind(model.forward, args, kwargs)
     return torch.utils._pytree.tree_map(lambda x: torch.tensor(x) if type(x) in (int, float) else x, named)
+
+
+# ---- what each optimisation saves -----------------------------------------------------------------------------------
+
+# optimisations by the name of their pass: what it makes of what
+REWRITES = {
+    "drop_duplicates": "permute(x) -> permute(drop(x)): each tp rank sends its own 1/tp of the tokens, not all of them",
+    "simplify_collectives": "slice(all_reduce(x)) -> reduce_scatter(x), gathers move behind what is done to each token",
+    "save_collectives": "y = all_reduce(x) -> y is kept: a replayed layer starts there and sends nothing again",
+}
+
+
+def _copy(captured: Captured) -> Captured:
+    graph, known = torch.fx.Graph(), dict[Node, Node]()
+    graph.output(graph.graph_copy(captured.gm.graph, known))
+    graph.output_node().meta = dict(captured.gm.graph.output_node().meta)
+    return replace(captured, gm=GraphModule(captured.gm, graph))
+
+
+def _saving(name: str, gm: GraphModule, ctx: pipeline.Context, rows: list[dict], again: Captured | None) -> dict:
+    """Calls and bytes with one optimisation left out and with it; where a checkpoint plays a part, of "full"."""
+    options, machine, note = ctx.options, ctx.machine, ""
+    off = replace(options, off=options.off | {name})
+    if again is None:
+        if options.checkpoint != "full":
+            options, off = (replace(o, checkpoint="full", memory_budget=None) for o in (options, off))
+            rows = collectives(gm, ctx.shape, options, [block for _, block, _ in ctx.choices])[0]
+            note = "with checkpoint=full"
+        before = collectives(gm, ctx.shape, off, [block for _, block, _ in ctx.choices])[0]
+    else:
+        other = pipeline.Context(ctx.shape, options=off, machine=machine)
+        try:
+            graph = pipeline.run_forward(again, other)
+        except ValueError as error:
+            return {"pass": name, "rewrite": REWRITES[name], "note": str(error), "before": None, "after": _sent(rows)}
+        before = collectives(graph, ctx.shape, off, [block for _, block, _ in other.choices])[0]
+        plans = [[cost.choose(b, ctx.shape, machine, p, c.options.off).best.candidate for _, b, p in c.choices]
+                 for c in (other, ctx)]  # fmt: skip
+        changed = next(((a, b) for a, b in zip(*plans) if (a.experts, a.dispatch) != (b.experts, b.dispatch)), None)
+        note = f"another plan without it: {changed[0]}" if changed else ""
+    return {"pass": name, "rewrite": REWRITES[name], "note": note, "before": _sent(before), "after": _sent(rows)}
+
+
+def _sent(rows: list[dict]) -> dict[str, int]:
+    found = {"calls": 0, "ep": 0, "tp": 0}
+    for row in rows:
+        if row["axis"] in ("ep", "ept", "tp"):
+            found["calls"] += row["count"]
+            found["tp" if row["axis"] == "tp" else "ep"] += row["count"] * row["wire_bytes"]
+    return found
 
 
 # ---- models by name -------------------------------------------------------------------------------------------------
@@ -357,12 +423,19 @@ class _Shapes:
         layout = node.meta.get("layout", R)
         layout = layout[index or 0] if isinstance(layout, tuple) else layout
         found = {"ep": self.experts[node]} if node in self.experts else {}
-        return found | ({"tp": layout} if layout.kind in "SD" else {})
+        # own counts are as many on every rank, the rows they count are not
+        return found | ({"tp": layout} if layout.kind == "S" or layout.kind == "D" and not _is_counts(node) else {})
 
     def local(self, node: Node, index: int | None = None) -> tuple[int, ...]:
         value = node.meta["val"]
         value = value if index is None else value[index]
         return _local(value.shape, self.axes(node, index), self.mesh)
+
+
+def _is_counts(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return node.args[1] == 1 and node.args[0].target in (ops.permute.default, ops.select.default)
+    return node.target in (ops.exchange_counts.default, ops.splits.default, ops.row_sizes.default)
 
 
 # ops whose VJP is a collective, of as many bytes as the op's result has (an all-to-all's, with balanced routing)
@@ -458,9 +531,12 @@ def collectives(
     mesh: MeshShape,
     options: Options = Options(),  # noqa: B008 (frozen)
     blocks: Sequence[cost.Block] = (),
-) -> list[dict[str, Any]]:
-    """Every collective of a training step, grouped by what it is and by the module pattern it belongs to."""
-    shapes, letters = _Shapes(gm, mesh), _Letters(gm, list(blocks))
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Every collective of a training step, grouped by what it is and by the module pattern it belongs to.
+
+    Also the values of the letters in their formulas.
+    """
+    shapes, letters = _Shapes(gm, mesh), _Letters(gm, mesh, list(blocks))
     got = _cotangents(gm)
     rows: Counter[tuple] = Counter()
     merged: dict[tuple, list[Node]] = {}
@@ -494,13 +570,14 @@ def collectives(
     for axis, members in _buckets(gm, shapes, got):
         module = _common([_pattern(p.meta["role"][1]).rpartition(".")[0] for p in members])
         add("all_reduce", axis, "gradient", "backward", module, members)
-    return [
+    found = [
         {
             "kind": kind, "axis": axis, "role": role, "phase": phase, "module": module, "count": count,
             "bytes_per_rank": size, "wire_bytes": _wire(kind, size, mesh[axis]), "formula": formula,
         }
         for (kind, axis, role, phase, module, size, formula), count in rows.items()
     ]  # fmt: skip
+    return found, letters.known
 
 
 def _ted(node: Node) -> str:
@@ -576,34 +653,52 @@ def _filled(nodes: list[Node], shapes: _Shapes, limit: int) -> Iterator[list[Nod
 class _Letters:
     """Formulas of sizes. A number at a place where a letter is expected, and of its size, is taken for the letter."""
 
-    def __init__(self, gm: GraphModule, blocks: list[cost.Block]):
+    def __init__(self, gm: GraphModule, mesh: MeshShape, blocks: list[cost.Block]):
         known: dict[str, int] = {}
         for block in blocks[:1]:
             known |= {"H": block.H, "K": block.K, "E": block.E, "I": block.I}
+        gathered = False
         for n in gm.graph.nodes:
             value = n.meta.get("val")
             if n.op == "placeholder" and n.meta["role"][0] == "input" and isinstance(value, torch.Tensor):
                 if value.dim() == 2 and not value.is_floating_point():
                     known.setdefault("B", value.shape[0])
                     known.setdefault("S", value.shape[1])
+            elif n.op == "placeholder" and n.meta["role"][0] == "parameter":
+                known.setdefault("bytes", value.element_size())
             elif n.target is ops.grouped_mm.default and layouts.shape(n)[1] == known.get("H"):
                 known.setdefault("I", layouts.shape(n.args[0])[1])
             elif n.target in (aten.embedding.default, ops.embedding_shard.default):
                 known.setdefault("V", layouts.shape(n.args[0])[0])
                 known.setdefault("H", layouts.shape(n.args[0])[1])
-        self.letters = {name: sympy.Symbol(name) for name in (*known, "T", "tp", "ep", "bytes")}
+            elif n.target is aten.scaled_dot_product_attention.default:
+                known.setdefault("d", layouts.shape(n)[-1])
+            elif n.target is ops.select.default:
+                once = n.args[1].target is ops.destinations.default
+                gathered = gathered or not once and "U" not in known
+                if once:
+                    known.setdefault("U", value[0].shape[0])
+        layer_names = {layer_of(module_path(n)) for n in gm.graph.nodes if n.op == "call_function"} - {""}
+        known["layers"] = len(layer_names)
         if "B" in known:
             known["T"] = known["B"] * known["S"]
+        self.known, axes = known, ("dp", "ep", "tp")
+        self.letters = {name: sympy.Symbol(name) for name in (*known, *axes, "bytes")}
+        ep, tp = self.letters["ep"], self.letters["tp"]
         pick = lambda *names: [(self.letters[name], known[name]) for name in names if name in known]
         self.sequence = pick("B", "S")
         self.tokens = pick("T")
-        if {"T", "K"} <= known.keys():
-            self.tokens.append((self.letters["T"] * self.letters["K"], known["T"] * known["K"]))
+        if self.tokens:
+            everywhere = [(ep * self.letters["T"], mesh.ep * known["T"])] if mesh.ep > 1 else []
+            rows = [(self.letters["T"] * self.letters["K"], known["T"] * known["K"])] if "K" in known else []
+            self.tokens += everywhere + rows if gathered else rows + everywhere
+            self.tokens += pick("U")
+        self.counts = [*pick("E"), (ep, mesh.ep), (ep * tp, mesh["ept"])]
         self.experts = pick("E")
         self.sizes = pick("H", "I")
         if "I" in known:
             self.sizes.append((2 * self.letters["I"], 2 * known["I"]))
-        self.sizes += pick("V", "E", "K")
+        self.sizes += pick("V", "E", "K", "d")
         self.made: dict[tuple, sympy.Expr] = {}
 
     def dim(self, size: int, i: int, of: int, weight: bool) -> sympy.Expr:
@@ -612,17 +707,25 @@ class _Letters:
             choices = (self.experts if i == 0 and of != 2 else []) + choices
         elif i < of - 1 or of == 1:
             choices = (self.sequence[min(i, 1) :][:1] if of > 2 else []) + self.tokens + choices
-        return next((letter for letter, value in choices if value == size), sympy.Integer(size))
+        found = next((letter for letter, value in choices if value == size), None)
+        if found is None and size > 1 and size % self.known.get("d", size) == 0 and "d" in self.known:
+            found = size // self.known["d"] * self.letters["d"]  # so many heads
+        return sympy.Integer(size) if found is None else found
 
     def product(self, node: Node, axes: dict[str, Layout]) -> sympy.Expr:
-        shape = layouts.shape(node)
-        # counts of experts are the only integers that travel
-        weight = bool(node.meta.get("weights_only")) or not node.meta["val"].is_floating_point()
-        key = shape, weight, tuple(axes)
+        value, shape = node.meta["val"], layouts.shape(node)
+        weight = bool(node.meta.get("weights_only"))
+        key = shape, value.dtype, weight, tuple(axes)
         if key not in self.made:
-            result = self.letters["bytes"]
-            for i, size in enumerate(shape):
-                result *= self.dim(size, i, len(shape), weight)
+            size = value.element_size()
+            result = self.letters["bytes"] if size == self.known.get("bytes") else sympy.Integer(size)
+            number = math.prod(shape)
+            counts = None if value.is_floating_point() else next((c for c, n in self.counts if n == number), None)
+            if counts is not None:
+                result *= counts
+            else:
+                for i, size in enumerate(shape):
+                    result *= self.dim(size, i, len(shape), weight)
             if self.sequence and {letter for letter, _ in self.sequence} <= result.free_symbols:
                 result *= self.letters["T"] / (self.letters["B"] * self.letters["S"])
             for axis in axes:
@@ -633,7 +736,9 @@ class _Letters:
     def total(self, members: list[Node], shapes: _Shapes) -> str | None:
         """The formula of what is sent at once; None where it is too long to say anything."""
         terms = Counter(self.product(m, shapes.axes(m)) for m in members)
-        expression = sympy.factor_terms(sum(n * term for term, n in terms.items()))
+        deep = self.known["layers"]
+        times = lambda n: n // deep * self.letters["layers"] if deep > 1 and n % deep == 0 else n
+        expression = sympy.factor_terms(sum(times(n) * term for term, n in terms.items()))
         return str(expression) if len(terms) < 9 else None
 
 
@@ -778,6 +883,9 @@ def layers_of(lines: list[Line]) -> list[str]:
     return sorted((f for f in found if f and f.rpartition(".")[0] == most), key=lambda f: int(f.rpartition(".")[2]))
 
 
+SYMBOLS = {name: sympy.Symbol(name) for name in (*LETTERS, "dp", "ep", "tp")}
+
+
 # ---- text -----------------------------------------------------------------------------------------------------------
 
 
@@ -832,7 +940,9 @@ def render(found: Explanation, layer: str | int | None = None, colour: bool = Fa
         parts += [title(f"How {choice['module']} runs: predicted ms of one block, on {facts['machine']}")]
         parts += [cost.render(choice["candidates"])]
     parts += [title("Left replicated"), _replicated_table(facts["replicated"])]
-    parts += [title("Collectives of one training step"), _collective_table(facts["collectives"])]
+    if facts["savings"]:
+        parts += [title("What each optimisation saves in a step"), _savings_table(facts["savings"])]
+    parts += [title("Collectives of one training step"), _collective_table(facts["collectives"], facts["letters"])]
     return "\n".join(parts) + "\n"
 
 
@@ -931,7 +1041,24 @@ def human(size: float) -> str:
     raise AssertionError
 
 
-def _collective_table(found: list[dict]) -> str:
+def _savings_table(savings: list[dict]) -> str:
+    rows, rewrites = [], []
+    for s in savings:
+        before, after, note = s["before"], s["after"], f" ({s['note']})" if s["note"] else ""
+        rewrites.append(f"{s['pass']}: {s['rewrite']}{note}")
+        if before is None:
+            continue
+        cells = [s["pass"], f"{before['calls']} -> {after['calls']}"]
+        for axis in ("ep", "tp"):
+            saved = f" ({100 * (after[axis] / before[axis] - 1):+.0f} %)" if before[axis] else ""
+            cells.append(f"{human(before[axis])} -> {human(after[axis])}{saved}")
+        more = before["ep"] + before["tp"] - after["ep"] - after["tp"]
+        rows.append([*cells, human(more) if more >= 0 else f"-{human(-more)}"])
+    headers = ["optimisation", "collectives", "sent over ep (or ep x tp)", "sent over tp", "saved by each rank"]
+    return _table(rows, headers) + "\n\n" + "\n".join(rewrites)
+
+
+def _collective_table(found: list[dict], letters: dict[str, int]) -> str:
     if not found:
         return "none"
     rows = [
@@ -950,4 +1077,6 @@ def _collective_table(found: list[dict]) -> str:
     for axis in calls:
         where = "data (dp x ep)" if axis == "data" else axis
         totals.append(f"{where}: {calls[axis]} calls, each rank sends {human(sent[axis])}")
+    used = {str(x) for c in found for x in sympy.sympify(c["formula"], SYMBOLS).free_symbols}
+    totals += ["", *(f"{name} = {letters[name]:,}: {LETTERS[name]}" for name in LETTERS if name in used)]
     return "\n".join(totals)

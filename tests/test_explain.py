@@ -13,6 +13,7 @@ from tedcompile import compile, graphs
 from tedcompile.api import _example
 from tedcompile.explain import Explanation, analyse, explain, from_config, layers_of, render
 from tedcompile.mesh import shape_of
+from tedcompile.options import OPTIONAL, Options
 from tedcompile.passes import reduce_gradients
 
 from .joint import Stop, build, parts, replayed
@@ -44,7 +45,7 @@ def qwen3() -> Explanation:
 
 def test_keys(qwen3):
     facts = json.loads(json.dumps(qwen3.facts))
-    assert set(facts) == {"model", "mesh", "machine", *KEYS}
+    assert set(facts) == {"model", "mesh", "machine", "letters", "savings", *KEYS}
     assert facts["model"] == "Qwen3MoeForCausalLM" and facts["mesh"] == {"dp": 2, "ep": 2, "tp": 2}
     for name, keys in KEYS.items():
         assert facts[name] and all(set(row) == keys for row in facts[name])
@@ -84,32 +85,62 @@ def test_parameters(qwen3):
     assert [r["module"] for r in qwen3.facts["replicated"]] == ["model.layers.*.mlp.gate.weight"]
 
 
-@pytest.mark.parametrize("family", families(EXPERTS))
-def test_formulas_give_the_bytes(family):
-    facts = tiny(family, "dp=1,ep=2,tp=2").facts
-    config = {**COMMON, **families(EXPERTS)[family]}
-    values = {
-        "T": BATCH * SEQ,
-        "B": BATCH,
-        "S": SEQ,
-        "K": 2,
-        "E": EXPERTS,
-        "H": 64,
-        "V": 128,
-        "dp": 1,
-        "ep": 2,
-        "tp": 2,
-    }
-    values["I"] = config.get("moe_intermediate_size", config["intermediate_size"])
-    symbols = {name: sympy.Symbol(name) for name in [*values, "bytes"]}
+PLANS = {
+    "chosen": {},
+    "dedup": dict(experts="tensor", dispatch="dedup", drop="yes"),
+    "all_gather": dict(experts="tensor", dispatch="all_gather", drop="yes"),
+    "folded": dict(experts="folded", dispatch="dedup"),
+}
+
+
+@pytest.mark.parametrize(
+    "family, plan", [*((f, "chosen") for f in families(EXPERTS)), *(("qwen3_moe", p) for p in list(PLANS)[1:])]
+)
+def test_formulas_give_the_bytes(family, plan):
+    """Exactly, but for the expected number of pairs U, which a graph holds rounded, and its parts over tp."""
+    config = transformers.AutoConfig.for_model(family, **{**COMMON, **families(EXPERTS)[family]})
+    facts = explain(config, "dp=1,ep=2,tp=2", batch=BATCH, seq=SEQ, plan=PLANS[plan])
+    letters = facts["letters"] | facts["mesh"]
+    want = dict(T=BATCH * SEQ, B=BATCH, S=SEQ, K=2, E=EXPERTS, H=64, V=128, bytes=2)
+    assert {name: letters[name] for name in want} == want
+    assert letters["I"] == getattr(config, "moe_intermediate_size", config.intermediate_size)
     assert any("T*" in row["formula"] for row in facts["collectives"])
+    symbols = {name: sympy.Symbol(name) for name in letters}
     for row in facts["collectives"]:
-        formula = sympy.sympify(row["formula"], locals=symbols).subs({symbols[k]: v for k, v in values.items()})
-        assert formula.subs(symbols["bytes"], 1) * width(formula, row) == row["bytes_per_rank"], row
+        formula = sympy.sympify(row["formula"], locals=symbols)
+        value = formula.subs({symbols[name]: x for name, x in letters.items()})
+        assert abs(value - row["bytes_per_rank"]) <= (64 * 8 if sympy.Symbol("U") in formula.free_symbols else 0), row
 
 
-def width(formula, row) -> int:
-    return row["bytes_per_rank"] // formula.subs(sympy.Symbol("bytes"), 1) if formula.free_symbols else 1
+def test_savings():
+    """Each optimisation left out and not: TED's plan, so dropping halves the all-to-alls at tp 2."""
+    config = transformers.AutoConfig.for_model("qwen3_moe", **{**COMMON, **families(EXPERTS)["qwen3_moe"]})
+    replayed = Options.of(plan=dict(experts="tensor", dispatch="all_to_all"), checkpoint="full")
+    found = analyse(config, "ep=2,tp=2", batch=BATCH, seq=SEQ, options=replayed)
+    savings = {s["pass"]: s for s in found.facts["savings"]}
+    assert list(savings) == list(OPTIONAL)
+    assert all(set(s) == {"pass", "rewrite", "note", "before", "after"} for s in savings.values())
+    assert len({tuple(s["after"].items()) for s in savings.values()}) == 1
+    kept = savings["save_collectives"]
+    assert kept["before"]["calls"] > kept["after"]["calls"] and kept["before"]["tp"] > kept["after"]["tp"]
+    assert f"{kept['before']['calls']} -> {kept['after']['calls']}" in render(found)
+    off = analyse(config, "ep=2,tp=2", batch=BATCH, seq=SEQ, options=Options.of(off=["simplify_collectives"]))
+    assert [s["pass"] for s in off.facts["savings"]] == ["drop_duplicates", "save_collectives"]
+    assert analyse(config, "dp=2", batch=BATCH, seq=SEQ).facts["savings"] == []
+    forced = Options.of(plan=dict(experts="folded"))
+    refused = analyse(config, "ep=2,tp=2", batch=BATCH, seq=SEQ, options=forced).facts["savings"][0]
+    assert refused["before"] is None and "folded experts need drop_duplicates" in refused["note"]
+
+
+@pytest.mark.parametrize("plan", list(PLANS)[1:])
+def test_formulas_of_payload_hold_no_numbers(plan):
+    """Of sizes: what is left are the 8 bytes of an index, and 2 in 2*I."""
+    config = transformers.AutoConfig.for_model("qwen3_moe", num_hidden_layers=2)
+    facts = explain(config, "dp=2,ep=2,tp=2", seq=512, plan=PLANS[plan])
+    assert any("U" in row["formula"] for row in facts["collectives"]) == (plan != "all_gather")
+    for row in facts["collectives"]:
+        if row["role"] in ("payload", "counts"):
+            assert not {int(n) for n in re.findall(r"\b\d+\b", row["formula"])} - {2, 4, 8}, row
 
 
 def sent(nodes, mesh: str) -> Counter:
