@@ -154,21 +154,29 @@ def sent(nodes, mesh: str) -> Counter:
     return found
 
 
-def joint_collectives(name: str, mesh: str, monkeypatch) -> Counter:
-    """The collectives of the joint graph of forward and backward as it is compiled."""
-    found: Counter = Counter()
+def joint_nodes(name: str, mesh: str, monkeypatch, **options) -> list[torch.fx.Node]:
+    """The nodes of the joint graph of forward and backward as it is compiled."""
+    found: list[torch.fx.Node] = []
 
     def look(name, run, graph, ctx):
         run(graph, ctx)
         graph.graph.eliminate_dead_code()
-        found.update(sent(graph.graph.nodes, mesh))
+        found.extend(graph.graph.nodes)
         raise Stop
 
     monkeypatch.setattr(compile, "run_pass", look)
     model, make_batch = MODELS[name]()
     with pytest.raises(Stop):
-        build(model, _example(model, make_batch(0, 0)), shape_of(mesh))
+        build(model, _example(model, make_batch(0, 0)), shape_of(mesh), **options)
     return found
+
+
+def predicted(name: str, mesh: str, **options) -> Counter:
+    model, make_batch = MODELS[name]()
+    expected: Counter = Counter()
+    for row in explain(model, mesh, example_inputs=make_batch(0, 0), **options)["collectives"]:
+        expected[row["kind"], row["axis"], row["bytes_per_rank"]] += row["count"]
+    return expected
 
 
 on_every_mesh = pytest.mark.parametrize(
@@ -187,11 +195,37 @@ on_every_mesh = pytest.mark.parametrize(
 @on_every_mesh
 def test_collectives_are_those_of_the_joint_graph(name, mesh, monkeypatch):
     monkeypatch.setattr(reduce_gradients, "BUCKET", 30_000)  # several buckets of several gradients
-    model, make_batch = MODELS[name]()
-    expected: Counter = Counter()
-    for row in explain(model, mesh, example_inputs=make_batch(0, 0))["collectives"]:
-        expected[row["kind"], row["axis"], row["bytes_per_rank"]] += row["count"]
-    assert joint_collectives(name, mesh, monkeypatch) == expected
+    assert sent(joint_nodes(name, mesh, monkeypatch), mesh) == predicted(name, mesh)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(plan=dict(experts="tensor", dispatch="all_to_all", drop="yes")),
+        dict(plan=dict(experts="tensor", dispatch="dedup", drop="yes")),
+        dict(plan=dict(experts="tensor", dispatch="all_gather", drop="yes")),
+        dict(plan=dict(experts="folded", dispatch="all_to_all")),
+        dict(plan=dict(experts="folded", dispatch="dedup")),
+        dict(plan=dict(experts="folded", dispatch="all_gather")),
+        dict(plan=dict(experts="tensor", dispatch="all_to_all"), off=["simplify_collectives"]),
+        dict(plan=dict(experts="tensor", dispatch="dedup"), off=["drop_duplicates"]),
+    ],
+    ids=lambda o: "-".join((*o["plan"].values(), *o.get("off", ()))),
+)
+def test_every_plans_collectives_are_those_of_the_joint_graph(options, monkeypatch):
+    """Calls by kind and axis, and bytes where shapes are static; a number of rows that arrive is a symbol there."""
+    mesh, expected = "ep=2,tp=2", predicted("qwen3_moe", "ep=2,tp=2", **options)
+    nodes = [n for n in joint_nodes("qwen3_moe", mesh, monkeypatch, **options) if graphs.collective(n)]
+    nodes = [n for n in nodes if shape_of(mesh)[n.args[-1]] > 1]
+    dynamic = [n for n in nodes if not isinstance(n.args[0].meta["val"].shape[0], int)]
+    static = sent([n for n in nodes if n not in dynamic], mesh)
+    assert not static - expected
+    rest = list((expected - static).elements())
+    kinds = lambda rows: Counter((kind, axis) for kind, axis, *_ in rows)
+    widths = [(graphs.collective(n), n.args[-1], n.args[0].meta["val"][0].nbytes) for n in dynamic]
+    assert kinds(rest) == kinds(widths)
+    for kind, axis, size in rest:
+        assert any(size % width == 0 for *found, width in widths if found == [kind, axis])
 
 
 @on_every_mesh

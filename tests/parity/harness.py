@@ -78,6 +78,7 @@ class Case:
     example_inputs: bool = True  # False: as for Hugging Face models, without
     sabotage: str = ""  # of SABOTAGE: what to break
     options: str = ""  # of OPTIONS: what parallelize is asked for
+    volumes: bool = False  # compare the bytes handed to collectives with explain's formulas, too
     device: str = (
         "cpu"  # "cuda": NCCL, a GPU for each rank, ten times the tolerances (other kernels than the reference)
     )
@@ -85,7 +86,7 @@ class Case:
     def __str__(self) -> str:
         words = [self.model, "x".join(map(str, self.mesh)), self.scenario]
         words += [self.backend] * (self.backend != "eager") + [self.sabotage] * bool(self.sabotage)
-        words += [self.options] * bool(self.options)
+        words += [self.options] * bool(self.options) + ["volumes"] * self.volumes
         words += ["fewer_axes"] * (not self.all_axes) + ["no_example"] * (not self.example_inputs)
         words += [self.device] * (self.device != "cpu")
         return "-".join(words)
@@ -268,8 +269,9 @@ def run_case(case: Case) -> dict:
 
 def compare(case: Case) -> dict:
     import tedcompile
+    from tests.parity.volumes import Recorder, explained
 
-    start = time.perf_counter()
+    start, nothing = time.perf_counter(), contextlib.nullcontext()
     mesh = make_mesh(case.mesh, case.all_axes, case.device)
     shared = [reference(case) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(shared, src=0)
@@ -288,12 +290,20 @@ def compare(case: Case) -> dict:
     wrong = [f"other values after parallelize: {', '.join(changed)}"] if changed else []
 
     loss_error, gradients = 0.0, {}
+    recorder = Recorder() if case.volumes else None
     for step in range(STEPS):
-        output = model(**batch(data_rank, step))
+        with explained(recorder) if recorder and step == 0 else recorder if recorder and step == 1 else nothing:
+            output = model(**batch(data_rank, step))
         losses, want = losses_of(output), expected.losses[step][data_rank]
         assert losses.shape == want.shape, f"losses {losses.tolist()}, not {want.tolist()}"
         loss_error = max(loss_error, finite(((losses - want) / want).abs().max()))
-        models.loss_of(output).backward()
+        if recorder and step == 1:
+            recorder.phase = "backward"
+            with recorder:
+                models.loss_of(output).backward()
+            wrong += recorder.wrong()
+        else:
+            models.loss_of(output).backward()
         SABOTAGE[case.sabotage](model, mesh)
         if step == 0:
             require_same("parameters without a gradient", [n for n, p in model.named_parameters() if p.grad is None])

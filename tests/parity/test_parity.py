@@ -35,11 +35,12 @@ CASES += [
     Case("olmoe", (1, 2, 1), all_axes=False),
     Case("gpt_oss", (1, 1, 2), example_inputs=False),
 ]
-# Each way to dispatch, and each optimisation off, with the models in turn.
+# Each way to dispatch, and each optimisation off, with the models in turn; what they send is what explain says.
 CASES += [
-    Case(model, (1, 2, 2), options=options)
+    Case(model, (1, 2, 2), options=options, volumes=True)
     for model, options in zip(itertools.cycle(models.BASE), [name for name in OPTIONS if name and "full" not in name])
 ]
+CASES += [Case("qwen3_moe", (1, 2, 2), options="full_resend", volumes=True)]
 CASES += [Case("qwen3_moe", (1, 2, 4), "few_tokens", options=options) for options in ("ted", "dedup_folded")]
 
 
