@@ -1,7 +1,8 @@
 """tedcompile: a plain Mixture-of-Experts model in, the same model trained by tensor x expert x data parallelism out."""
 
+from tedcompile import optim
 from tedcompile.api import parallelize
 from tedcompile.explain import explain
 from tedcompile.mesh import data_rank, data_world
 
-__all__ = ["data_rank", "data_world", "explain", "parallelize"]
+__all__ = ["data_rank", "data_world", "explain", "optim", "parallelize"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.fx import Graph, GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: F401
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 
 def compile_fx_inner(*args, deterministic: bool = False, **kwargs):
@@ -27,6 +29,25 @@ def compile_fx_inner(*args, deterministic: bool = False, **kwargs):
 
     with config.patch(deterministic=deterministic):
         return compile_fx_inner(*args, **kwargs)
+
+
+def inductor_kernel(function: Callable[..., tuple], examples: list[torch.Tensor]) -> Callable[[list], Any]:
+    """A function of tensors, compiled by Inductor for any number of rows, without guards: run([tensors]) -> results.
+
+    2-D arguments share a number of rows that may change; what the function does last to its arguments, by `copy_`, is
+    done in place.
+    """
+    from torch._dynamo.source import ConstantSource
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = []
+    for i, t in enumerate(examples):
+        sizes = [DimDynamic.DUCK, DimDynamic.STATIC] if t.dim() == 2 else [DimDynamic.STATIC] * t.dim()
+        dynamic = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * t.dim())
+        fakes.append(mode.from_tensor(t, source=ConstantSource(f"argument{i}"), symbolic_context=dynamic))
+    with mode:
+        graph = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
+    return compile_fx_inner(graph, fakes, is_inference=True)
 
 
 def partition(joint: GraphModule, inputs: Any, **options: Any) -> tuple[GraphModule, GraphModule]:
@@ -111,7 +132,8 @@ def parameter(tensor: DTensor) -> DTensor:
 def keep_spec(parameter: DTensor) -> None:
     """A gradient gets its parameter's spec: autograd's own detach makes one that 2.11 cannot gather."""
     gradient = parameter.grad
-    if isinstance(gradient, DTensor) and gradient._spec.placements == parameter._spec.placements:
+    same = isinstance(gradient, DTensor) and gradient._spec.placements == parameter._spec.placements
+    if same and gradient._spec is not parameter._spec:
         parameter.grad = like(parameter, gradient._local_tensor)
 
 
@@ -123,6 +145,32 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def like(tensor: DTensor, local: torch.Tensor) -> DTensor:
     """`local` with the mesh, layout and global shape of `tensor`."""
     return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
+
+
+def set_local(tensor: torch.Tensor, local: torch.Tensor) -> None:
+    """Moves a parameter to the memory of `local`, which takes its values."""
+    local.copy_(local_tensor(tensor).detach())
+    if isinstance(tensor, DTensor):
+        tensor._local_tensor = local.data
+    else:
+        tensor.data = local
+
+
+def with_local(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """`local` as a tensor of the kind of `tensor`: a DTensor of the same layout, or itself."""
+    return like(tensor, local) if isinstance(tensor, DTensor) else local
+
+
+def cut(whole: torch.Tensor, tensor: DTensor) -> torch.Tensor:
+    """This rank's part of a whole tensor in the layout of `tensor`, without communication."""
+    mesh = tensor.device_mesh
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_replicate() or mesh.size(axis) == 1:
+            continue
+        dim, parts = placement.dim, getattr(placement, "split_factor", 1)  # type: ignore[attr-defined]
+        size, index = mesh.size(axis), mesh.get_local_rank(axis)
+        whole = torch.cat([s.chunk(size, dim)[index] for s in whole.chunk(parts, dim)], dim)
+    return whole
 
 
 def make_boxed_func(f):

@@ -1,0 +1,123 @@
+"""Flat memory: parameters and gradients of one kind as views of two buffers, and who updates which rows of them.
+
+A bucket holds parameters of one param group, dtype and mesh that have copies on the same ranks: dense parameters (over
+dp x ep) and experts (over dp) never share one. Rows have 256 elements; every parameter starts on a row.
+
+Under ZeRO-1 a tile of rows is cut among the ranks that hold copies: each updates its part, then the tile is gathered in
+place. What a rank keeps (master, moments) are the rows it updates, in order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tedcompile import compat
+from tedcompile.mesh import Groups
+from tedcompile.optim.tiles import BLOCK
+from tedcompile.zero import Share
+
+
+@dataclass(eq=False)
+class Slot:
+    """A parameter in its bucket: rows [start, stop)."""
+
+    param: Tensor
+    name: str
+    start: int
+    stop: int
+    grad: Tensor  # what p.grad is: a view of flat memory
+    clock: int = 0
+    touched: bool = False  # whether it ever had a gradient
+
+    def view(self, rows: Tensor) -> Tensor:
+        """Its elements of flat memory (rows, 256), in the local shape."""
+        shape = compat.local_tensor(self.param).shape
+        return rows.view(-1)[self.start * BLOCK :][: math.prod(shape)].view(shape)
+
+
+def share(param: Tensor) -> Share:
+    """What `parallelize` has left on a parameter."""
+    return getattr(param, "ted", None) or Share("", 0, "data", None)
+
+
+def copies(param: Tensor) -> tuple[str, dist.ProcessGroup | None]:
+    """The kind of a parameter among those of its dtype, and the ranks that share out its update."""
+    if not isinstance(param, DTensor):
+        return "", None
+    mesh = param.device_mesh
+    if any(p.is_partial() for p in param.placements):
+        raise ValueError(f"parameter {share(param).name} of shape {tuple(param.shape)} is partial: redistribute it")
+    whole = [i for i, p in enumerate(param.placements) if p.is_replicate() and mesh.size(i) > 1]
+    given, group = share(param), None
+    if given.stage and not (given.stage == 3 and given.dim is not None):
+        group = Groups.of(mesh).group.get(given.axis)
+    return f"{id(mesh)} {whole} {given.axis if group else ''}", group
+
+
+class Bucket:
+    """Flat memory of parameters, and their gradients'."""
+
+    def __init__(self, number: int, params: Sequence[Tensor], names: Sequence[str], limit: int):
+        local = [compat.local_tensor(p) for p in params]
+        first = local[0]
+        self.group_number, self.dtype, self.device = number, first.dtype, first.device
+        self.mesh = params[0].device_mesh if isinstance(params[0], DTensor) else None
+        self.group = copies(params[0])[1]
+        self.shards = dist.get_world_size(self.group) if self.group else 1
+        self.index = dist.get_rank(self.group) if self.group else 0
+        self.slots: list[Slot] = []
+        rows = 0
+        for p, t, name in zip(params, local, names, strict=True):
+            stop = rows + -(-t.numel() // BLOCK)
+            self.slots.append(Slot(p, name, rows, stop, p))
+            rows = stop
+        rows = -(-max(rows, 1) // self.shards) * self.shards
+        self.rows, self.own = rows, rows // self.shards
+        self.param = first.new_zeros(rows, BLOCK)
+        self.grad = torch.zeros_like(self.param)
+        for slot in self.slots:
+            compat.set_local(slot.param, slot.view(self.param))
+            slot.grad = compat.with_local(slot.param, slot.view(self.grad).data)  # .data: it counts its own versions
+        whole = 1
+        if self.mesh is not None:
+            whole = math.prod(self.mesh.size(i) for i, p in enumerate(params[0].placements) if p.is_replicate())
+        self.weight = self.shards / whole  # of this rank's sum of squares in that of the whole mesh
+        self.limit = limit  # own rows of a tile
+
+    def tiles(self) -> Iterator[tuple[int, int, int]]:
+        """(start, rows, own): own rows [own, own + rows) are rows [start, start + rows) of flat memory."""
+        for own in range(0, self.own, self.limit):
+            rows = min(self.limit, self.own - own)
+            yield own * self.shards + self.index * rows, rows, own
+
+    def gather(self, flat: Tensor, start: int, rows: int):
+        """Starts to fill the rest of a tile of flat memory with what the other ranks have of it."""
+        if self.group is None:
+            return None
+        first = start - self.index * rows
+        mine = flat[start : start + rows]
+        mine = mine if flat.is_cuda else mine.clone()  # NCCL gathers in place
+        return dist.all_gather_into_tensor(flat[first : first + rows * self.shards], mine, self.group, async_op=True)
+
+    def whole(self, own: Tensor) -> Tensor:
+        """All rows of flat memory from those that each rank keeps."""
+        if self.group is None:
+            return own
+        flat = own.new_empty(self.rows, own.shape[1])
+        for start, rows, first in self.tiles():
+            flat[start : start + rows] = own[first : first + rows]
+            self.gather(flat, start, rows).wait()
+        return flat
+
+    def part(self, flat: Tensor) -> Tensor:
+        """The rows that this rank keeps."""
+        if self.group is None:
+            return flat
+        return torch.cat([flat[start : start + rows] for start, rows, _ in self.tiles()])
