@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 from tedcompile import compat, frontends, pipeline
+from tedcompile import zero as zero_
 from tedcompile.capture import bind
 from tedcompile.compile import BACKENDS
 from tedcompile.layouts import Layout
@@ -35,6 +36,7 @@ def parallelize(
     checkpoint: str = "none",
     memory_budget: float | None = None,
     machine: str = "",
+    zero: int = 0,
 ) -> torch.nn.Module:
     """Makes a plain single-device model train by tensor, expert and data parallelism.
 
@@ -54,6 +56,9 @@ def parallelize(
             until the activations kept fit `memory_budget` (bytes, or a fraction of those kept by "none").
         machine: whose costs decide: a name of machines.toml (v100, a100, h100, h200, two_slow_hosts, cpu) or a TOML
             file as `tedcompile calibrate` writes it, the same on all ranks; by default that of the devices in use.
+        zero: what data-parallel ranks share out (ZeRO, arXiv 1910.02054): 1 optimizer state, 2 also gradients, 3 also
+            parameters; `tedcompile.optim` reads it from the parameters. Under 2 `p.grad`, under 3 `p` too, is a DTensor
+            that is split over the data axes as well, on a dim that divides (a parameter without one stays whole).
 
     The loss that each rank returns is its local one; gradients are averaged over dp x ep, so a step is the
     single-device step on the mean loss (DeepSpeed-TED, arXiv 2303.06318, section 3).
@@ -67,7 +72,7 @@ def parallelize(
         raise ValueError(f"{type(model).__name__} is parallel already")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose {' or '.join(BACKENDS)}")
-    options = Options.of(off, plan, checkpoint, memory_budget, machine)
+    options = Options.of(off, plan, checkpoint, memory_budget, machine, zero)
     shape_of(mesh)
     if not isinstance(mesh, DeviceMesh):
         raise TypeError("parallelize needs a torch DeviceMesh (init_device_mesh); tedcompile.explain takes plain sizes")
@@ -113,7 +118,9 @@ def _place(model: torch.nn.Module, runtime: Runtime) -> None:
     """Replaces every parameter by the DTensor of its layout, and moves buffers to the device."""
     groups, decided = runtime.groups, runtime.decided or {}
     names: dict[int, dict[str, Layout]] = {}
+    first: dict[int, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
+        first.setdefault(id(p), name)
         if decided.get(name):
             names[id(p)] = decided[name]
     done: dict[int, torch.Tensor] = {}
@@ -125,9 +132,14 @@ def _place(model: torch.nn.Module, runtime: Runtime) -> None:
                 if id(value) not in done:
                     with torch.no_grad():
                         whole = _broadcast(value.detach().to(groups.device), groups)
-                        done[id(value)] = (
-                            _shard(whole, value, names.get(id(value), {}), groups) if parameters else whole
-                        )
+                        if parameters:
+                            layouts = names.get(id(value), {})
+                            share = zero_.share(
+                                first[id(value)], runtime.options.zero, whole.shape, layouts, groups.shape
+                            )
+                            whole = _shard(whole, value, {**layouts, **share.stored(groups.shape)}, groups)
+                            whole.ted = share  # type: ignore[attr-defined]
+                        done[id(value)] = whole
                 slot[leaf] = done[id(value)]
                 runtime.slots[f"{path}.{leaf}" if path else leaf] = (slot, leaf)
 

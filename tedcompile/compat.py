@@ -132,9 +132,14 @@ def parameter(tensor: DTensor) -> DTensor:
 def keep_spec(parameter: DTensor) -> None:
     """A gradient gets its parameter's spec: autograd's own detach makes one that 2.11 cannot gather."""
     gradient = parameter.grad
-    same = isinstance(gradient, DTensor) and gradient._spec.placements == parameter._spec.placements
-    if same and gradient._spec is not parameter._spec:
-        parameter.grad = like(parameter, gradient._local_tensor)
+    if not isinstance(gradient, DTensor):
+        return
+    if gradient._spec.placements == parameter._spec.placements:
+        if gradient._spec is not parameter._spec:
+            parameter.grad = like(parameter, gradient._local_tensor)
+    elif getattr(gradient._spec, "use_strided_shard_as_shard_order", False):
+        mesh, placements = gradient.device_mesh, gradient.placements
+        parameter.grad = dtensor(gradient._local_tensor, mesh, placements, gradient.shape, gradient.stride())
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,6 +159,12 @@ def set_local(tensor: torch.Tensor, local: torch.Tensor) -> None:
         tensor._local_tensor = local.data
     else:
         tensor.data = local
+
+
+def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copies each source to its target, in few kernels."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def with_local(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from tedcompile.options import Options
 from tedcompile.passes import (
     checkpoint,
     deterministic,
+    gather_parameters,
     lower,
     peepholes,
     reduce_gradients,
@@ -106,6 +107,8 @@ def build(
     """
     if device.type != "cpu":
         _move_constants(gm, device)
+    if ctx.options.zero == 3:
+        run_pass("gather_parameters", gather_parameters.run, gm, ctx)
     mode = compat.FakeTensorMode(shape_env=compat.ShapeEnv())
     fakes = []
     for t in inputs:
@@ -137,6 +140,7 @@ def build(
                 for i, n in enumerate(placeholders)
                 if n.meta["role"][0] == "parameter"
             }
+            ctx.shares = {first + i: share for i, n in enumerate(placeholders) if (share := ctx.share(n))}
             ctx.outputs = first
             for name, run in _joint_passes(ctx.options):
                 run_pass(name, run, graph, ctx)
@@ -162,6 +166,8 @@ def _joint_passes(options: Options) -> list[tuple[str, Callable]]:
         if options.saves_collectives:
             passes.append(("save_collectives", save_collectives.run))
         passes.append(("checkpoint", checkpoint.run))
+    if options.zero == 3:
+        passes.append(("free_parameters", gather_parameters.free))
     return passes
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tedcompile import machines
+from tedcompile.zero import STAGES
 
 # optimisations by the name of their pass; the other passes are what makes the program right
 OPTIONAL = ("drop_duplicates", "simplify_collectives", "save_collectives")
@@ -34,6 +35,7 @@ class Options:
     checkpoint: str = "none"
     memory_budget: float | None = None
     machine: str = ""
+    zero: int = 0
 
     @staticmethod
     def of(
@@ -42,6 +44,7 @@ class Options:
         checkpoint: str = "none",
         memory_budget: float | None = None,
         machine: str = "",
+        zero: int = 0,
     ) -> Options:
         """Checks what a user gives. Raises ValueError that names the option, what was given and what there is."""
         names = frozenset([off] if isinstance(off, str) else off)
@@ -62,7 +65,9 @@ class Options:
             raise ValueError(f"memory_budget must be positive, got {memory_budget}")
         if machine:
             machines.load(machine)
-        return Options(names, dict(plan or {}), checkpoint, memory_budget, machine)
+        if zero not in STAGES:
+            raise ValueError(f"zero cannot be {zero!r}; choose {', '.join(map(str, STAGES))}")
+        return Options(names, dict(plan or {}), checkpoint, memory_budget, machine, zero)
 
     @property
     def saves_collectives(self) -> bool:

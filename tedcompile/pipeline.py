@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from tedcompile import cost, graphs, machines
+from tedcompile import cost, graphs, machines, zero
 from tedcompile.capture import Captured, module_path
 from tedcompile.layouts import Layout
 from tedcompile.machines import Machine
@@ -69,8 +69,8 @@ class Context:
 
     `fixed`: layouts by parameter name that an earlier signature has decided. `show` makes of the graph what the record
     of the pass named `dump` keeps, before and after it. `outputs`: the number of outputs of the
-    joint graph that are the forward's. `saved`: bytes kept for the backward; `replay`: seconds of recomputation in it,
-    predicted.
+    joint graph that are the forward's; `shares`: of the gradients among them, how ZeRO shares them out. `saved`: bytes
+    kept for the backward; `replay`: seconds of recomputation in it, predicted.
     """
 
     shape: MeshShape
@@ -84,6 +84,7 @@ class Context:
     choices: list[tuple[Node, cost.Block, dict]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     gradients: dict[int, dict[str, Layout]] = field(default_factory=dict)
+    shares: dict[int, zero.Share] = field(default_factory=dict)
     outputs: int = 0
     saved: int = 0
     replay: float = 0.0
@@ -93,6 +94,14 @@ class Context:
         """The last value of each buffer that the forward changes: the graph's last outputs."""
         values = gm.graph.output_node().args[0]
         return dict(zip(self.mutations, values[len(values) - len(self.mutations) :], strict=True))
+
+    def share(self, node: Node) -> zero.Share | None:
+        """How ZeRO splits a parameter's gradient, or the parameter; None when it does not."""
+        if self.options.zero < 2 or node.meta["role"][0] != "parameter":
+            return None
+        shape, placements = node.meta["val"].shape, node.meta.get("placements", {})
+        found = zero.share(node.meta["role"][1], self.options.zero, shape, placements, self.shape)
+        return found if found.dim is not None else None
 
     def fixed_axis(self, weight: Node, axis: str) -> bool | None:
         """Whether an earlier signature split the weight over the axis; None when nothing is decided yet."""

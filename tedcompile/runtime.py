@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 
-from tedcompile import compat, compile, machines, pipeline
+from tedcompile import compat, compile, machines, pipeline, zero
 from tedcompile.capture import bind, capture
 from tedcompile.layouts import Layout
 from tedcompile.mesh import Groups
@@ -35,7 +35,7 @@ class _ToLocal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return tuple(None if g is None else compat.like(p, g) for p, g in zip(ctx.parameters, gradients, strict=True))
+        return tuple(None if g is None else zero.gradient(p, g) for p, g in zip(ctx.parameters, gradients, strict=True))
 
 
 @dataclass

@@ -7,11 +7,15 @@ are never mixed (DeepSpeed-TED, arXiv 2303.06318, section 3). Stage 1 shards wha
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from tedcompile.layouts import Layout
-from tedcompile.mesh import MeshShape
+import torch
+from torch.distributed.tensor import DTensor, Shard
+
+from tedcompile import compat
+from tedcompile.layouts import Layout, S
+from tedcompile.mesh import DATA_AXES, MeshShape
 
 STAGES = (0, 1, 2, 3)
 
@@ -26,19 +30,35 @@ class Share:
     axis: str
     dim: int | None
 
+    def layouts(self, mesh: MeshShape) -> dict[str, Layout]:
+        """The further layouts of what is split, by mesh axis."""
+        axes = DATA_AXES if self.axis == "data" else (self.axis,)
+        return {} if self.dim is None else {a: S(self.dim) for a in axes if mesh[a] > 1}
+
+    def stored(self, mesh: MeshShape) -> dict[str, Layout]:
+        """Those of the parameter itself."""
+        return self.layouts(mesh) if self.stage == 3 else {}
+
 
 def family(placements: Collection[str]) -> str:
     """The mesh axis whose ranks hold copies of a parameter that is split over the axes `placements`."""
     return "dp" if "ep" in placements else "data"
 
 
-def split_dim(local: tuple[int, ...], placements: dict[str, Layout], mesh: MeshShape) -> int | None:
-    """The first dim that tp and ep leave alone and that divides over the copies; None when there is none.
+def share(name: str, stage: int, shape: Sequence[int], placements: dict[str, Layout], mesh: MeshShape) -> Share:
+    """How a parameter of this whole shape is shared out: on the first dim that divides and is not split already."""
+    axis = family(placements)
+    used = {layout.dim for a, layout in placements.items() if mesh[a] > 1}
+    dims = [d for d, n in enumerate(shape) if d not in used and n and n % mesh[axis] == 0]
+    return Share(name, stage, axis, dims[0] if stage > 1 and mesh[axis] > 1 and dims else None)
 
-    `local` is the shape that this rank holds of the parameter.
-    """
-    copies = mesh[family(placements)]
-    used = {layout.dim for axis, layout in placements.items() if mesh[axis] > 1}
-    if copies == 1:
-        return None
-    return next((d for d, n in enumerate(local) if d not in used and n and n % copies == 0), None)
+
+def gradient(parameter: DTensor, local: torch.Tensor) -> DTensor:
+    """This rank's gradient as a DTensor: in the layout of its parameter, under stage 2 split over the copies."""
+    given = getattr(parameter, "ted", None)
+    if given is None or given.stage != 2 or given.dim is None:
+        return compat.like(parameter, local)
+    names = parameter.device_mesh.mesh_dim_names or ()
+    axes = DATA_AXES if given.axis == "data" else (given.axis,)
+    placements = [Shard(given.dim) if n in axes else p for n, p in zip(names, parameter.placements, strict=True)]
+    return compat.dtensor(local, parameter.device_mesh, placements, parameter.shape, parameter.stride())

@@ -4,13 +4,16 @@ A bucket holds parameters of one param group, dtype and mesh that have copies on
 dp x ep) and experts (over dp) never share one. Rows have 256 elements; every parameter starts on a row.
 
 Under ZeRO-1 a tile of rows is cut among the ranks that hold copies: each updates its part, then the tile is gathered in
-place. What a rank keeps (master, moments) are the rows it updates, in order.
+place.
+What a rank keeps (master, moments) are the rows it updates, in order.
+Under ZeRO-2 parameters stay where they are; rows are this rank's parts of them, as its gradients are, and a gathered
+tile is copied into the parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tedcompile import compat
+from tedcompile import compat, zero
 from tedcompile.mesh import Groups
 from tedcompile.optim.tiles import BLOCK
-from tedcompile.zero import Share
 
 
 @dataclass(eq=False)
@@ -38,13 +40,13 @@ class Slot:
 
     def view(self, rows: Tensor) -> Tensor:
         """Its elements of flat memory (rows, 256), in the local shape."""
-        shape = compat.local_tensor(self.param).shape
+        shape = compat.local_tensor(self.grad).shape
         return rows.view(-1)[self.start * BLOCK :][: math.prod(shape)].view(shape)
 
 
-def share(param: Tensor) -> Share:
+def share(param: Tensor) -> zero.Share:
     """What `parallelize` has left on a parameter."""
-    return getattr(param, "ted", None) or Share("", 0, "data", None)
+    return getattr(param, "ted", None) or zero.Share("", 0, "data", None)
 
 
 def copies(param: Tensor) -> tuple[str, dist.ProcessGroup | None]:
@@ -58,7 +60,12 @@ def copies(param: Tensor) -> tuple[str, dist.ProcessGroup | None]:
     given, group = share(param), None
     if given.stage and not (given.stage == 3 and given.dim is not None):
         group = Groups.of(mesh).group.get(given.axis)
-    return f"{id(mesh)} {whole} {given.axis if group else ''}", group
+    return f"{id(mesh)} {whole} {given.axis if group else ''} {scattered(param)}", group
+
+
+def scattered(param: Tensor) -> bool:
+    """Whether this rank's gradient is a part of the parameter that it holds (ZeRO-2)."""
+    return share(param).stage == 2 and share(param).dim is not None
 
 
 class Bucket:
@@ -67,57 +74,111 @@ class Bucket:
     def __init__(self, number: int, params: Sequence[Tensor], names: Sequence[str], limit: int):
         local = [compat.local_tensor(p) for p in params]
         first = local[0]
+        self.scattered = scattered(params[0])
         self.group_number, self.dtype, self.device = number, first.dtype, first.device
         self.mesh = params[0].device_mesh if isinstance(params[0], DTensor) else None
         self.group = copies(params[0])[1]
-        self.shards = dist.get_world_size(self.group) if self.group else 1
+        self.copies = dist.get_world_size(self.group) if self.group else 1
+        self.shards = 1 if self.scattered else self.copies
         self.index = dist.get_rank(self.group) if self.group else 0
+        self.parts = [t.chunk(self.copies, share(p).dim) if self.scattered else (t,) for p, t in zip(params, local)]
         self.slots: list[Slot] = []
         rows = 0
-        for p, t, name in zip(params, local, names, strict=True):
-            stop = rows + -(-t.numel() // BLOCK)
-            self.slots.append(Slot(p, name, rows, stop, p))
+        for p, name, part in zip(params, names, self.parts, strict=True):
+            stop = rows + -(-part[0].numel() // BLOCK)
+            self.slots.append(Slot(p, name, rows, stop, zero.gradient(p, part[0]) if self.scattered else p))
             rows = stop
         rows = -(-max(rows, 1) // self.shards) * self.shards
         self.rows, self.own = rows, rows // self.shards
         self.param = first.new_zeros(rows, BLOCK)
         self.grad = torch.zeros_like(self.param)
         for slot in self.slots:
-            compat.set_local(slot.param, slot.view(self.param))
-            slot.grad = compat.with_local(slot.param, slot.view(self.grad).data)  # .data: it counts its own versions
+            if not self.scattered:
+                compat.set_local(slot.param, slot.view(self.param))
+            slot.grad = compat.with_local(slot.grad, slot.view(self.grad).data)  # .data: it counts its own versions
+        self.read()
         whole = 1
         if self.mesh is not None:
             whole = math.prod(self.mesh.size(i) for i, p in enumerate(params[0].placements) if p.is_replicate())
-        self.weight = self.shards / whole  # of this rank's sum of squares in that of the whole mesh
+        self.weight = self.copies / whole  # of this rank's sum of squares in that of the whole mesh
         self.limit = limit  # own rows of a tile
+
+    def read(self) -> None:
+        """Parts of parameters to rows."""
+        for slot, parts in zip(self.slots, self.parts, strict=True):
+            if self.scattered:
+                slot.view(self.param).copy_(parts[self.index])
 
     def tiles(self) -> Iterator[tuple[int, int, int]]:
         """(start, rows, own): own rows [own, own + rows) are rows [start, start + rows) of flat memory."""
         for own in range(0, self.own, self.limit):
             rows = min(self.limit, self.own - own)
-            yield own * self.shards + self.index * rows, rows, own
+            yield (own if self.scattered else own * self.shards + self.index * rows), rows, own
 
-    def gather(self, flat: Tensor, start: int, rows: int):
+    def send(self, start: int, rows: int) -> Callable[[], None]:
+        """Starts to bring this rank's rows of a tile to the other ranks' parameters; the result waits for theirs."""
+        if not self.scattered:
+            return self.gather(self.param, start, rows)
+        tile = self.param.new_empty(self.copies * rows, BLOCK)
+        work = dist.all_gather_into_tensor(tile, self.param[start : start + rows], self.group, async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            targets, sources = [], []
+            for rank, flat in enumerate(tile.view(self.copies, -1)):
+                for slot, parts in zip(self.slots, self.parts, strict=True):
+                    first = (slot.start - start) * BLOCK  # of the parameter's part, in the tile
+                    low, high = max(-first, 0), min(parts[0].numel(), rows * BLOCK - first)
+                    for target, offset in pieces(parts[rank], low, high):
+                        targets.append(target)
+                        sources.append(flat[first + offset :][: target.numel()].view(target.shape))
+            compat.foreach_copy(targets, sources)
+
+        return finish
+
+    def gather(self, flat: Tensor, start: int, rows: int) -> Callable[[], None]:
         """Starts to fill the rest of a tile of flat memory with what the other ranks have of it."""
         if self.group is None:
-            return None
+            return lambda: None
         first = start - self.index * rows
         mine = flat[start : start + rows]
         mine = mine if flat.is_cuda else mine.clone()  # NCCL gathers in place
-        return dist.all_gather_into_tensor(flat[first : first + rows * self.shards], mine, self.group, async_op=True)
+        whole = flat[first : first + rows * self.shards]
+        return dist.all_gather_into_tensor(whole, mine, self.group, async_op=True).wait
 
     def whole(self, own: Tensor) -> Tensor:
         """All rows of flat memory from those that each rank keeps."""
-        if self.group is None:
+        if self.shards == 1:
             return own
         flat = own.new_empty(self.rows, own.shape[1])
         for start, rows, first in self.tiles():
             flat[start : start + rows] = own[first : first + rows]
-            self.gather(flat, start, rows).wait()
+            self.gather(flat, start, rows)()
         return flat
 
     def part(self, flat: Tensor) -> Tensor:
         """The rows that this rank keeps."""
-        if self.group is None:
+        if self.shards == 1:
             return flat
         return torch.cat([flat[start : start + rows] for start, rows, _ in self.tiles()])
+
+
+def pieces(tensor: Tensor, low: int, high: int) -> Iterator[tuple[Tensor, int]]:
+    """Views that cover the elements [low, high) of a tensor in row-major order, and the element each starts with."""
+    if low >= high:
+        return
+    if high - low == tensor.numel():
+        yield tensor, 0
+        return
+    inner = tensor.numel() // tensor.shape[0]
+    first, last = -(-low // inner), high // inner
+    if first > last:  # within one row
+        ends = [(last, low, high)]
+    else:
+        ends = [(first - 1, low, first * inner), (last, last * inner, high)]
+    if first < last:
+        yield tensor[first:last], first * inner
+    for row, a, b in ends:
+        if a < b:
+            for piece, offset in pieces(tensor[row], a - row * inner, b - row * inner):
+                yield piece, row * inner + offset

@@ -187,6 +187,7 @@ class Tiled(torch.optim.Optimizer):
     def _refresh(self, kept: Kept, everything: bool = False) -> None:
         """Master weights follow parameters that somebody else has written."""
         bucket = kept.bucket
+        bucket.read()
         masters = tiles.master_storage(self.master, bucket.dtype)
         for start, rows, own in bucket.tiles() if masters else ():
             param, array = bucket.param[start : start + rows], kept.arrays[0][own : own + rows]
@@ -317,7 +318,7 @@ class Tiled(torch.optim.Optimizer):
         bucket = kept.bucket
         clocks = self.clocks[bucket.group_number]
         kernel = tiles.update_kernel(self.rule, self._names, self.master, self.moments, bucket.dtype, self.device)
-        waiting = []
+        finish = None
         parts = [(start, rows, [a[own : own + rows] for a in kept.arrays]) for start, rows, own in bucket.tiles()]
         stream = self._stager.stream([p[2] for p in parts]) if self._stager else iter([p[2] for p in parts])
         for (start, rows, _), arrays in zip(parts, stream, strict=True):
@@ -326,10 +327,12 @@ class Tiled(torch.optim.Optimizer):
                 if a < b:
                     grad, param = bucket.grad[start + a : start + b], bucket.param[start + a : start + b]
                     kernel([clocks[clock].scalars, grad, param, *(x[a:b] for x in arrays)])
-            waiting.append(bucket.gather(bucket.param, start, rows))
-        for work in waiting:
-            if work is not None:
-                work.wait()
+            sent = bucket.send(start, rows)
+            if finish:  # of the tile before: its transfer ran beside this update
+                finish()
+            finish = sent
+        if finish:
+            finish()
 
     # ---- checkpoints
 
@@ -355,7 +358,7 @@ class Tiled(torch.optim.Optimizer):
             steps = [clock.step.to("cpu", torch.float32) for clock in self.clocks[bucket.group_number]]
             for slot in bucket.slots:
                 if steps[slot.clock] > 0:
-                    entries = {n: compat.with_local(slot.param, slot.view(rows).clone()) for n, rows in found.items()}
+                    entries = {n: compat.with_local(slot.grad, slot.view(rows).clone()) for n, rows in found.items()}
                     self.state[slot.param] = {"step": steps[slot.clock].clone(), **entries}
         try:
             return super().state_dict()
@@ -412,7 +415,7 @@ class Tiled(torch.optim.Optimizer):
 
 def _local_part(value: Tensor, slot: Slot) -> Tensor:
     """This rank's part of a parameter's state."""
-    param = slot.param
+    param = slot.grad
     if not isinstance(param, DTensor):
         return value.full_tensor() if isinstance(value, DTensor) else value
     if isinstance(value, DTensor):
