@@ -103,6 +103,7 @@ def _share(gm: GraphModule, node: Node) -> Node:
 
 
 LOWERED = {
+    ops.whole_of.default: lambda gm, node: node.args[1],
     ops.enter.default: _identity,
     ops.share.default: _share,
     ops.all_reduce.default: _reduce("sum"),

@@ -6,7 +6,7 @@ After:   bucket = all_reduce(cat(flat grad_w1, flat grad_w2) / (dp*ep), "data");
 Dense parameters are reduced over dp x ep; experts, which are split over ep, over dp; both are divided by dp * ep, for a
 step is the step on the mean of the dp x ep losses (DeepSpeed-TED, arXiv 2303.06318, section 3). Never over tp: there a
 gradient is either this rank's own part or whole already. A bucket is sent as soon as its last gradient exists.
-Under ZeRO-2 each rank keeps a part of the sum: reduce_scatter(grad / (dp*ep), dim, "data").
+Under ZeRO-2 and 3 the VJPs of `gather_parameters` have summed them already; what is left is to divide.
 
 Needs: `ctx.gradients`, for each output of the joint graph that is a parameter's gradient, the parameter's placements;
 `ctx.shares`, of those that ZeRO splits, how.
@@ -40,7 +40,8 @@ def run(gm: GraphModule, ctx) -> None:
             continue
         share = ctx.shares.get(i)
         if share is not None:
-            results[i] = _scatter(gm, grad, share, 1 / copies, shape_of_mesh[share.axis])
+            with graphs.after(gm.graph, grad):
+                results[i] = graphs.call(gm.graph, aten.mul.Tensor, (grad, 1 / copies), grad)
             continue
         axis = zero.family(placements)
         families.setdefault((axis, grad.meta["val"].dtype), []).append((i, grad))
@@ -57,17 +58,6 @@ def run(gm: GraphModule, ctx) -> None:
                     results[position] = node
                 bucket, size = [], 0
     output.args = (tuple(results),)
-
-
-def _scatter(gm: GraphModule, grad: Node, share: zero.Share, scale: float, size: int) -> Node:
-    """A gradient that each rank keeps a part of; under ZeRO-3 it comes as that, from the VJP of the gather."""
-    with graphs.after(gm.graph, grad):
-        scaled = graphs.call(gm.graph, aten.mul.Tensor, (grad, scale), grad)
-        if share.stage == 3:
-            return scaled
-        args: tuple = (scaled, share.dim, size, [], share.axis)
-        value = ops.reduce_scatter(scaled.meta["val"], *args[1:])
-        return graphs.call(gm.graph, ops.reduce_scatter.default, args, grad, value)
 
 
 def _reduce(

@@ -161,6 +161,12 @@ def set_local(tensor: torch.Tensor, local: torch.Tensor) -> None:
         tensor.data = local
 
 
+def all_gather(whole: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Starts to gather equal parts, stacked on dim 0. Renamed in torch 2.13."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(whole, part, group=group, async_op=True)
+
+
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copies each source to its target, in few kernels."""
     if targets:

@@ -107,8 +107,6 @@ def build(
     """
     if device.type != "cpu":
         _move_constants(gm, device)
-    if ctx.options.zero == 3:
-        run_pass("gather_parameters", gather_parameters.run, gm, ctx)
     mode = compat.FakeTensorMode(shape_env=compat.ShapeEnv())
     fakes = []
     for t in inputs:
@@ -166,7 +164,7 @@ def _joint_passes(options: Options) -> list[tuple[str, Callable]]:
         if options.saves_collectives:
             passes.append(("save_collectives", save_collectives.run))
         passes.append(("checkpoint", checkpoint.run))
-    if options.zero == 3:
+    if options.zero > 1:
         passes.append(("free_parameters", gather_parameters.free))
     return passes
 

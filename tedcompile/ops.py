@@ -171,6 +171,19 @@ def gather_enter(x, dim, size, sections, axis):
 
 
 @define(
+    "whole_of(Tensor part, Tensor whole, int dim, int size, str axis) -> Tensor",
+    lambda part, whole, dim, size, axis: torch.empty_like(whole),
+    (
+        _keep("dim", "size", "axis"),
+        lambda ctx, g: (ops.reduce_scatter(g, ctx.dim, ctx.size, [], ctx.axis), None, None, None, None),
+    ),
+)
+def whole_of(part, whole, dim, size, axis):
+    """`whole`, of which `part` is this rank's part on `dim`: gather_enter(part) that is there already."""
+    return whole.clone()
+
+
+@define(
     "reduce_scatter(Tensor x, int dim, int size, int[] sections, str axis) -> Tensor",
     _fake_slice,
     (

@@ -23,6 +23,7 @@ from tedcompile.passes import (
     dispatch_tokens,
     drop_duplicates,
     functionalise,
+    gather_parameters,
     plan_dispatch,
     randomness,
     recognise_sorted,
@@ -135,6 +136,8 @@ def run_forward(captured: Captured, ctx: Context) -> GraphModule:
             output.args = ((*output.args[0], *ctx.mutations.values()),)
         if checked:
             check.run(gm, ctx)
+    if ctx.options.zero > 1:
+        run_pass("gather_parameters", gather_parameters.run, gm, ctx)
     return gm
 
 

@@ -31,7 +31,7 @@ class _ToLocal(torch.autograd.Function):
     def forward(ctx, *parameters):
         ctx.parameters = parameters
         ctx.set_materialize_grads(False)  # a parameter that the forward does not use has no gradient
-        return tuple(compat.local_tensor(p).detach() for p in parameters)
+        return tuple(zero.part(p).detach() for p in parameters)
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -123,6 +123,8 @@ class Runtime:
         for kind, name in program.sources:
             if kind == "parameter":
                 values.append(next(local))
+            elif kind == "whole":
+                values.append(compat.local_tensor(self.slot(kind, name)))
             elif kind == "buffer":
                 values.append(self.slot("buffer", name))
             elif kind == "constant":
@@ -247,7 +249,9 @@ class Runtime:
             sources.append((kind, name))
             if kind == "parameter":
                 p = self.slot(kind, name)
-                inputs.append(compat.local_tensor(p).detach().requires_grad_(p.requires_grad))
+                inputs.append(zero.part(p).detach().requires_grad_(p.requires_grad))
+            elif kind == "whole":
+                inputs.append(compat.local_tensor(self.slot(kind, name)))
             elif kind == "buffer":
                 inputs.append(self.slot(kind, name))
             elif kind == "constant":

@@ -11,11 +11,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
 from tedcompile import compat
 from tedcompile.layouts import Layout, S
-from tedcompile.mesh import DATA_AXES, MeshShape
+from tedcompile.mesh import DATA_AXES, Groups, MeshShape
 
 STAGES = (0, 1, 2, 3)
 
@@ -62,3 +63,13 @@ def gradient(parameter: DTensor, local: torch.Tensor) -> DTensor:
     axes = DATA_AXES if given.axis == "data" else (given.axis,)
     placements = [Shard(given.dim) if n in axes else p for n, p in zip(names, parameter.placements, strict=True)]
     return compat.dtensor(local, parameter.device_mesh, placements, parameter.shape, parameter.stride())
+
+
+def part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank's gradient of a parameter is for, of its local tensor: all of it, under stage 2 a part."""
+    local, given = compat.local_tensor(parameter), getattr(parameter, "ted", None)
+    if given is None or given.stage != 2 or given.dim is None:
+        return local
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    group = Groups.of(mesh).group[given.axis]
+    return local.chunk(dist.get_world_size(group), given.dim)[dist.get_rank(group)]

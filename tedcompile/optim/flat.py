@@ -120,7 +120,7 @@ class Bucket:
         if not self.scattered:
             return self.gather(self.param, start, rows)
         tile = self.param.new_empty(self.copies * rows, BLOCK)
-        work = dist.all_gather_into_tensor(tile, self.param[start : start + rows], self.group, async_op=True)
+        work = compat.all_gather(tile, self.param[start : start + rows], self.group)
 
         def finish() -> None:
             work.wait()
@@ -144,7 +144,7 @@ class Bucket:
         mine = flat[start : start + rows]
         mine = mine if flat.is_cuda else mine.clone()  # NCCL gathers in place
         whole = flat[first : first + rows * self.shards]
-        return dist.all_gather_into_tensor(whole, mine, self.group, async_op=True).wait
+        return compat.all_gather(whole, mine, self.group).wait
 
     def whole(self, own: Tensor) -> Tensor:
         """All rows of flat memory from those that each rank keeps."""

@@ -91,6 +91,10 @@ class Case:
         words += [self.device] * (self.device != "cpu")
         return "-".join(words)
 
+    def run(self) -> dict:
+        """One rank's verdict."""
+        return run_case(self)
+
     @property
     def world(self) -> int:
         return math.prod(self.mesh)
@@ -338,7 +342,11 @@ def finite(error: Tensor) -> float:
 
 
 def worst(
-    found: dict[str, Tensor], expected: dict[str, Tensor], stored: dict[str, Tensor] | None = None
+    found: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    stored: dict[str, Tensor] | None = None,
+    steps: int = STEPS,
+    tolerance: float = GRADIENT_TOLERANCE,
 ) -> tuple[str, float]:
     """The largest error of a tensor, relative to max(its norm, 1e-6 of the norm of all). A missing tensor is zero.
 
@@ -350,8 +358,8 @@ def worst(
     for name, tensor in expected.items():
         scale = torch.maximum(norms[name], floor)
         if stored:
-            rounding = STEPS * 2**-24 * stored[name].double().norm()
-            scale = torch.maximum(scale, rounding / GRADIENT_TOLERANCE)
+            rounding = steps * 2**-24 * stored[name].double().norm()
+            scale = torch.maximum(scale, rounding / tolerance)
         errors[name] = finite((zeros_if_none(found.get(name), tensor) - tensor).double().norm() / scale)
     return max(errors.items(), key=lambda item: item[1])
 
@@ -512,6 +520,6 @@ def worker(rank: int, world_size: int, port: int, connection, stack_file: pathli
         while True:
             case = connection.recv()
             try:
-                connection.send(run_case(case))
+                connection.send(case.run())
             except Exception:
                 connection.send({"ok": False, "error": traceback.format_exc()})

@@ -1,0 +1,188 @@
+"""Training with `tedcompile.optim` on a mesh is training with torch.optim on the plain model: 5 steps, fp32, clipped or
+not, at every ZeRO stage. `python -m tests.parity.optimizers` runs the whole product.
+
+The plain model is trained as in harness.py, on the mean of the data ranks' losses. Each step's gradients differ in
+their last bits (other orders of summation), and Adam divides by them: so the update is also compared with that of
+torch.optim on the *same* gradients, gathered, which leaves the optimizer alone to answer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from tests import models
+from tests.parity import harness
+from tests.parity.harness import SCENARIOS, Case, Pool, build, full, make_mesh, worst
+
+STEPS = 5
+TOLERANCE = 1e-6  # of an update on the same gradients; on the plain model's own, GRADIENT_TOLERANCE with SGD
+LEARNING_RATES = {"adamw": 1e-3, "sgd": 0.2}
+CLIP = 0.5  # below the norm of the first gradients
+
+
+@dataclass(frozen=True)
+class OptimizerCase(Case):
+    rule: str = "adamw"
+    zero: int = 0
+    clip: bool = False
+    offload: str | None = None
+
+    def __str__(self) -> str:
+        words = [super().__str__(), self.rule, f"zero{self.zero}"]
+        return "-".join(words + ["clip"] * self.clip + ["offload"] * bool(self.offload))
+
+    def run(self) -> dict:
+        return compare(self)
+
+
+def torch_optimizer(case: OptimizerCase, params):
+    make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[case.rule]
+    return make(params, lr=LEARNING_RATES[case.rule])
+
+
+def our_optimizer(case: OptimizerCase, params):
+    from tedcompile.optim import Tiled, rules
+
+    return Tiled(
+        params,
+        getattr(rules, case.rule),
+        lr=LEARNING_RATES[case.rule],
+        max_grad_norm=CLIP if case.clip else None,
+        offload=case.offload,
+        tile_bytes=1 << 16,  # many tiles, also of these small models
+    )
+
+
+def train_plain(case: OptimizerCase) -> tuple[list, dict, dict]:
+    """Losses [step][data rank], initial parameters and updates of the plain model."""
+    model, batch = build(case.model, case.scenario, case.experts)
+    optimizer = torch_optimizer(case, model.parameters())
+    initial = {n: p.detach().clone() for n, p in model.named_parameters()}
+    data_world, losses = case.mesh[0] * case.mesh[1], []
+    for step in range(STEPS):
+        losses.append([])
+        for data_rank in range(data_world):
+            output = model(**batch(data_rank, step))
+            losses[-1].append(harness.losses_of(output))
+            (models.loss_of(output) / data_world).backward()
+        for p in model.parameters():
+            p.grad = harness.zeros_if_none(p.grad, p)
+        if case.clip:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            assert step or norm > CLIP, f"nothing to clip: {norm}"
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, initial, {n: p.detach() - initial[n] for n, p in model.named_parameters()}
+
+
+def compare(case: OptimizerCase) -> dict:
+    import tedcompile
+
+    mesh = make_mesh(case.mesh, case.all_axes, case.device)
+    shared = [train_plain(case) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared, src=0)
+    losses, initial, updates = shared[0]
+
+    model, batch = build(case.model, case.scenario, case.experts)
+    model = tedcompile.parallelize(model, mesh, example_inputs=batch(0, 0), backend=case.backend, zero=case.zero)
+    optimizer = our_optimizer(case, model.parameters())
+    # the same gradients for torch's optimizer, on whole tensors
+    twin = {n: torch.nn.Parameter(full(p)) for n, p in model.named_parameters()}
+    theirs = torch_optimizer(case, list(twin.values()))
+    rank, loss_error, wrong = tedcompile.data_rank(mesh), 0.0, []
+    for step in range(STEPS):
+        output = model(**batch(rank, step))
+        want = losses[step][rank]
+        loss_error = max(loss_error, harness.finite(((harness.losses_of(output) - want) / want).abs().max()))
+        models.loss_of(output).backward()
+        for n, p in model.named_parameters():
+            twin[n].grad = full(p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(twin.values(), CLIP if case.clip else float("inf"))
+        optimizer.step()
+        theirs.step()
+        error = abs(optimizer.grad_norm.item() / norm.item() - 1)
+        if error > TOLERANCE:
+            wrong.append(f"the gradients' norm differs by {error:.1e} in step {step}")
+        optimizer.zero_grad()
+        for n, p in model.named_parameters():
+            if any(full(p.grad).flatten()):
+                wrong.append(f"the gradient of {n} is not zero after zero_grad")
+    found = {n: full(p) - initial[n] for n, p in model.named_parameters()}
+    on_same = worst(found, {n: p.detach() - initial[n] for n, p in twin.items()}, initial, STEPS, TOLERANCE)
+    on_plain = worst(found, updates, initial, STEPS, TOLERANCE)
+    if on_same[1] > TOLERANCE:
+        wrong.append(f"update of {on_same[0]} differs by {on_same[1]:.1e} on the same gradients")
+    limit = harness.GRADIENT_TOLERANCE if case.rule == "sgd" else 1e-3
+    if on_plain[1] > limit:
+        wrong.append(f"update of {on_plain[0]} differs by {on_plain[1]:.1e}")
+    if loss_error > 10 * harness.LOSS_TOLERANCE:
+        wrong.append(f"loss differs by {loss_error:.1e}")
+    wrong += harness.drifted(model, mesh)
+    params = list(model.parameters())
+    state = sum(a.numel() for kept in optimizer.kept for a in kept.arrays)
+    return {
+        "ok": not wrong,
+        "loss_error": loss_error,
+        "worst_gradient": on_same,
+        "worst_update": on_plain,
+        "param_fraction": harness.held(params),
+        "expert_fraction": harness.held(p for p in params if p.dim() == 3),
+        "state_fraction": state / max(2 * sum(p.numel() for p in params), 1),
+        "gradient_fraction": harness.held(p.grad for p in params),
+        "message": "; ".join(wrong),
+    }
+
+
+# DeepSpeed's MoE forms: Kim et al., arXiv 2109.10465, table 1
+FORMS = {
+    "E": dict(mesh=(1, 2, 1)),
+    "E+D": dict(mesh=(2, 2, 1)),
+    "E+Z": dict(mesh=(1, 2, 1), zero=2),
+    "E+D+M": dict(mesh=(2, 2, 2)),
+    "E+D+Z": dict(mesh=(2, 2, 1), zero=2),
+    "E+Z-Off+M": dict(mesh=(1, 2, 2), zero=1, offload="cpu"),
+}
+
+
+def product() -> list[OptimizerCase]:
+    meshes = [*itertools.product((1, 2), repeat=3), (1, 4, 2), (1, 2, 4)]
+    cases = [
+        OptimizerCase(model, mesh, scenario, rule=rule, zero=zero, clip=clip)
+        for model in ("qwen3_moe", "deepseek_v3", "nano_moe")
+        for mesh in meshes
+        for scenario in ("plain", "starved_expert")
+        for rule in LEARNING_RATES
+        for zero in (0, 1, 2, 3)
+        for clip in (False, True)
+        if SCENARIOS[scenario].needs(*mesh)
+    ]
+    cases += [
+        OptimizerCase("qwen3_moe", mesh, zero=zero, offload="cpu", rule=rule)
+        for mesh in ((1, 1, 2), (2, 1, 2), (1, 2, 2))
+        for zero in (0, 1, 2, 3)
+        for rule in LEARNING_RATES
+    ]
+    return sorted(cases, key=lambda case: case.world)
+
+
+def main() -> int:
+    failed = 0
+    for world, group in itertools.groupby(product(), key=lambda case: case.world):
+        with Pool(world) as pool:
+            for case in group:
+                (result,) = pool.run([case])
+                failed += not result["ok"]
+                numbers = [result[k][1] for k in ("worst_gradient", "worst_update")] if "loss_error" in result else []
+                print(f"{case}: {'ok' if result['ok'] else 'FAILED'}", *(f"{n:.1e}" for n in numbers), flush=True)
+                if not result["ok"]:
+                    print(result["message"], flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
