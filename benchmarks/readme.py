@@ -20,19 +20,25 @@ NAMES = {"forward_backward_ms": "forward + backward, ms", "step_ms": "step, ms",
          "predicted_ms": "predicted, ms", "time_ratio": "measured / predicted", "link_mib": "sent by a host, MiB",
          "predicted_link_mib": "predicted, MiB", "bytes_ratio": "bytes measured / predicted",
          "worst_loss_difference": "loss, 20 steps, against the first"}  # fmt: skip
+# of mesh_runs.json, for the runs of one layer with options: measured, and predicted
+OPTIONS = {"forward_backward_ms": "forward + backward, ms", "peak_gib": "peak memory, GiB",
+           "communication_ms": "predicted: collectives, ms", "block_ms": "MoE block, ms", "replay_ms": "replay, ms",
+           "saved_gib": "kept for the backward, GiB"}  # fmt: skip
+LAYERS = ("qwen3_layer", "mixtral_layer")
 SYSTEMS = {"hf_eager": "Hugging Face, grouped_mm", "hf_compile": "Hugging Face, grouped_mm + torch.compile"}
 
 
-def steps(name: str) -> str:
+def steps(name: str, columns: dict[str, str] = NAMES, layers: bool = False) -> str:
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for entry in json.loads((HERE / "results" / f"{name}.json").read_text()):
-        rows.setdefault((entry["case"], entry["system"]), {})[entry["metric"]] = entry["value"]
-    metrics = [metric for metric in NAMES if any(metric in found for found in rows.values())]
+        if (entry["case"] in LAYERS) == layers:
+            rows.setdefault((entry["case"], entry["system"]), {})[entry["metric"]] = entry["value"]
+    metrics = [metric for metric in columns if any(metric in found for found in rows.values())]
     lines = [
         [case, SYSTEMS.get(system, system), *map(_show, map(found.get, metrics))]
         for (case, system), found in rows.items()
     ]
-    return tabulate(lines, ["model", "system", *map(NAMES.get, metrics)], tablefmt="github", disable_numparse=True)
+    return tabulate(lines, ["model", "system", *map(columns.get, metrics)], tablefmt="github", disable_numparse=True)
 
 
 def _show(value: float | None) -> str:
@@ -79,9 +85,11 @@ def main() -> None:
     tables = {
         name: functools.partial(steps, name) for name in ("train_step", "mesh_runs", "communication", "slow_link")
     }
+    tables["mesh_runs_options"] = functools.partial(steps, "mesh_runs", OPTIONS, layers=True)
     tables |= {f"paper_{part}": functools.partial(paper, part) for part in PAPER}
     for name, table in tables.items():
-        if (HERE / "results" / f"{name.partition('_')[0] if name.startswith('paper') else name}.json").exists():
+        files = {"paper": "paper", "mesh": "mesh_runs"}
+        if (HERE / "results" / f"{files.get(name.partition('_')[0], name)}.json").exists():
             begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
             text = re.sub(f"(?s){begin}.*{end}", lambda _: f"{begin}\n{table()}\n{end}", text)  # noqa: B023
     readme.write_text(text)
