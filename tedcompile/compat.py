@@ -22,12 +22,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 
-def compile_fx_inner(*args, deterministic: bool = False, **kwargs):
-    """`deterministic`: no kernel whose rounding differs is chosen by timing, so all ranks run the same ones."""
+def compile_fx_inner(*args, deterministic: bool = False, ordered: bool = False, **kwargs):
+    """`deterministic`: no kernel whose rounding differs is chosen by timing, so all ranks run the same ones.
+
+    `ordered`: kernels stay in the order of the graph. Inductor's own, for the least memory, starts every reduction of
+    gradients when the backward is over.
+    """
     from torch._inductor import config  # seconds, and only this backend needs it
     from torch._inductor.compile_fx import compile_fx_inner
 
-    with config.patch(deterministic=deterministic):
+    with config.patch(deterministic=deterministic, reorder_for_peak_memory=not ordered):
         return compile_fx_inner(*args, **kwargs)
 
 

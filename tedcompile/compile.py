@@ -189,9 +189,11 @@ def _compiler(backend: str, names: dict[str, str], deterministic: bool):
 
     def kind(backward: bool, inference: bool):
         def compile_graph(gm: GraphModule, example_inputs: list) -> Callable:
+            sends = any(map(graphs.collective, gm.graph.nodes))
             lower.run(gm, names)
             if backend == "inductor":
-                options = dict(is_backward=backward, is_inference=inference, deterministic=deterministic)
+                options = dict(is_backward=backward, is_inference=inference)
+                options |= dict(deterministic=deterministic, ordered=sends)
                 return compat.compile_fx_inner(gm, example_inputs, **options)
             for node in gm.graph.nodes:  # a kernel's strides may be others than its fake's: those of gelu on CPUs are
                 if node.target is aten.view.default:

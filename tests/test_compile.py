@@ -7,6 +7,7 @@ import torch
 from torch.fx import symbolic_trace
 
 from tedcompile import compile
+from tedcompile.ops import ops
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -18,3 +19,19 @@ def test_inductor_tunes_no_reduction_where_ranks_must_be_bit_equal(monkeypatch, 
     gm = symbolic_trace(torch.nn.ReLU())
     compile._compiler("inductor", {}, deterministic)(False, False)(gm, [])
     assert seen == [deterministic]
+
+
+def test_a_graph_with_collectives_keeps_its_order(monkeypatch):
+    """Else every reduction of gradients starts after the last kernel of the backward."""
+    from torch._inductor import compile_fx, config
+
+    seen = []
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", lambda *a, **k: seen.append(config.reorder_for_peak_memory))
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(4, device="meta")
+    y = graph.call_function(ops.all_reduce.default, (x, "tp"))
+    graph.output(y)
+    for gm in (symbolic_trace(torch.nn.ReLU()), torch.fx.GraphModule({}, graph)):
+        compile._compiler("inductor", {"tp": "ted_tp"}, False)(True, False)(gm, [])
+    assert seen == [config.reorder_for_peak_memory, False]
