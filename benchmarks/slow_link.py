@@ -41,7 +41,7 @@ BATCH, SEQ = 8, 128
 SIZES = dict(hidden_size=256, moe_intermediate_size=64, num_experts=16, num_experts_per_tok=4, num_hidden_layers=2,
              num_attention_heads=8, num_key_value_heads=4, head_dim=32, vocab_size=512, intermediate_size=64,
              norm_topk_prob=True, bos_token_id=None, eos_token_id=None)  # fmt: skip
-CASE = "qwen3_moe, 2 layers, H 256, I 64, E 16, K 4"
+CASE = "qwen3_2layers"
 TED = dict(experts="tensor", dispatch="all_to_all")
 SYSTEMS: dict[str, dict] = {
     "none of them": dict(plan=TED | {"drop": "no"}, off=["save_collectives", "simplify_collectives"]),
@@ -55,7 +55,7 @@ SYSTEMS: dict[str, dict] = {
     "folded experts, all_gather": dict(plan=dict(experts="folded", dispatch="all_gather")),
     "the cost model's plan": dict(),
 }
-UNITS = {"step_ms": "ms", "predicted_ms": "ms", "time_ratio": "1", "link_mib": "MiB", "predicted_link_mib": "MiB",
+UNITS = {"step_ms": "ms", "fastest_ms": "ms", "predicted_ms": "ms", "time_ratio": "1", "link_mib": "MiB", "predicted_link_mib": "MiB",
          "bytes_ratio": "1"}  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def main() -> int:
     for system, found in results.items():
         apart = ((torch.tensor(found["losses"]) - first).abs() / first).max().item()
         assert apart < 1e-5, f"the losses of {system!r} differ by {apart:.1e}"
-        values = {"step_ms": 1e3 * statistics.median(found["seconds"])}
+        values = {"step_ms": 1e3 * statistics.median(found["seconds"]), "fastest_ms": 1e3 * min(found["seconds"])}
         values["link_mib"] = statistics.median(found["sent"]) / 2**20
         values |= predict(machine, model, batches[0], flops, system)
         values["time_ratio"] = values["step_ms"] / values["predicted_ms"]
