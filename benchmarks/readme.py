@@ -17,8 +17,9 @@ NAMES = {"forward_backward_ms": "forward + backward, ms", "step_ms": "step, ms",
          "tokens_per_s_per_gpu": "tokens/s per GPU", "calls": "collectives a step",
          "ep_gib": "sent over ep (or ep x tp), GiB", "tp_gib": "sent over tp, GiB", "peak_gib": "peak memory, GiB",
          "first_step_s": "first step, s",
-         "fastest_ms": "fastest, ms", "predicted_ms": "predicted, ms", "time_ratio": "measured / predicted", "link_mib": "sent by a host, MiB",
-         "predicted_link_mib": "predicted, MiB", "bytes_ratio": "bytes measured / predicted",
+         "fastest_ms": "fastest, ms", "predicted_ms": "predicted, ms", "time_ratio": "measured / predicted",
+         "link_mib": "sent by a host, MiB", "predicted_link_mib": "predicted, MiB",
+         "bytes_ratio": "bytes measured / predicted",
          "worst_loss_difference": "loss, 20 steps, against the first"}  # fmt: skip
 # of mesh_runs.json, for the runs of one layer with options: measured, and predicted
 OPTIONS = {"forward_backward_ms": "forward + backward, ms", "peak_gib": "peak memory, GiB",

@@ -55,8 +55,8 @@ SYSTEMS: dict[str, dict] = {
     "folded experts, all_gather": dict(plan=dict(experts="folded", dispatch="all_gather")),
     "the cost model's plan": dict(),
 }
-UNITS = {"step_ms": "ms", "fastest_ms": "ms", "predicted_ms": "ms", "time_ratio": "1", "link_mib": "MiB", "predicted_link_mib": "MiB",
-         "bytes_ratio": "1"}  # fmt: skip
+UNITS = {"step_ms": "ms", "fastest_ms": "ms", "predicted_ms": "ms", "time_ratio": "1", "link_mib": "MiB",
+         "predicted_link_mib": "MiB", "bytes_ratio": "1"}  # fmt: skip
 
 
 def build() -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
