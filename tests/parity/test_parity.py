@@ -100,6 +100,12 @@ def test_ranks_that_drift_apart_fail(run):
     assert "model.norm.weight is not bit-equal among ep ranks" in result["message"]
 
 
+def test_other_bytes_than_explain_says_fail(run):
+    result = run(Case("qwen3_moe", (1, 2, 1), sabotage="other_volumes", volumes=True))
+    assert not result["ok"]
+    assert "all_to_all ep forward: " in result["message"] or "all_gather ep forward: " in result["message"]
+
+
 def test_a_rank_that_raises_is_reported_and_the_next_case_runs(run):
     result = run(Case("no_such_model", (1, 2, 1)))
     assert not result["ok"]
