@@ -121,12 +121,15 @@ def replay(joint: GraphModule, backward: GraphModule) -> None:
     for node in joint.graph.find_nodes(op="call_function", target=ops.all_to_all.default):
         sizes.setdefault(node.args[1].name, []).append(str(shape(node)[0]))
     orders: dict[str, Node] = {}
-    for node in backward.graph.find_nodes(op="placeholder"):
-        if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].dim() == 1:
+    values = [n for n in backward.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)]
+    for node in sorted(values, key=lambda n: n.meta["val"].dim() != 1):  # an order, or else rows: only its size counts
+        if node.meta["val"].dim():
             orders.setdefault(str(shape(node)[0]), node)
     for node in backward.graph.find_nodes(op="call_function", target=ops.all_to_all.default):
         x, splits, axis = node.args
-        order = next(orders[size] for size in sizes[splits.name] if size in orders)
+        order = next((orders[size] for size in sizes[splits.name] if size in orders), None)
+        if order is None:
+            continue  # nothing kept is of that size: its rows stay a number of their own
         node.target = ops.all_to_all_like.default
         graphs.set_args(node, (x, splits, order, axis))
         node.meta["val"] = graphs.value_of(node)

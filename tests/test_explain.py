@@ -249,6 +249,28 @@ def test_replayed_collectives_are_those_of_the_backward_graph(name, mesh, option
     assert sent(replayed(forward, backward), mesh) == expected
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        dict(experts="tensor", dispatch="all_to_all", drop="yes"),
+        dict(experts="folded", dispatch="dedup"),
+        dict(experts="tensor", dispatch="all_gather", drop="yes"),
+    ],
+    ids=lambda p: "-".join(p.values()),
+)
+def test_every_plans_replayed_collectives_are_those_of_the_backward_graph(plan):
+    """Calls by kind and axis."""
+    options = dict(checkpoint="full", off=["save_collectives"], plan=plan)
+    model, make_batch = MODELS["qwen3_moe"]()
+    expected: Counter = Counter()
+    for row in explain(model, "ep=2,tp=2", example_inputs=make_batch(0, 0), **options)["collectives"]:
+        if row["phase"] == "recompute":
+            expected[row["kind"], row["axis"]] += row["count"]
+    forward, backward = parts(model, _example(model, make_batch(0, 0)), shape_of("ep=2,tp=2"), **options)
+    again = [n for n in replayed(forward, backward) if graphs.collective(n)]
+    assert expected and Counter((graphs.collective(n), n.args[-1]) for n in again) == expected
+
+
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"]
 
 

@@ -63,6 +63,14 @@ OPTIONS: dict[str, dict] = {
     "no_algebra": dict(off=["simplify_collectives"]),
     "full": dict(checkpoint="full"),
     "full_resend": dict(checkpoint="full", off=["save_collectives"]),
+    "ted_full_resend": dict(
+        checkpoint="full",
+        off=["save_collectives"],
+        plan=dict(experts="tensor", dispatch="all_to_all", drop="yes"),
+    ),
+    "folded_full_resend": dict(
+        checkpoint="full", off=["save_collectives"], plan=dict(experts="folded", dispatch="dedup")
+    ),
     "selective": dict(checkpoint="selective", memory_budget=0.5),
     "all_gather_no_drop": dict(plan=dict(dispatch="all_gather"), off=["drop_duplicates"]),
 }
