@@ -1,0 +1,257 @@
+"""The optimizer's step on one GPU: tedcompile.optim beside torch's AdamW, same parameters, same run.
+
+    python -m benchmarks.optimizer
+
+bf16 parameters with fp32 master weights and moments: 28 bytes of traffic a parameter (gradient 2, parameter 2, master
+8, moments 16), so a step cannot be faster than copying as many bytes; the copy is measured in the same run. Cases: the
+same parameters as 30 tensors, as 3,000 and as one; `accuracy`: the master weights after 100 steps beside
+torch.optim.AdamW in fp32; `offload`: states on the host. `ted_6.7b` is by formula: DeepSpeed-TED's spike of up-cast
+gradients (arXiv 2303.06318, section 4) for 6.7e9 base parameters, 16 experts, 32 devices, and the bound of two tiles.
+Writes benchmarks/results/optimizer.json, or --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from tedcompile.optim import TiledAdamW
+
+BYTES = 28
+OPTIONS = dict(lr=1e-4, weight_decay=0.01)
+OURS: dict[str, dict] = {
+    "tedcompile": dict(check_finite=False),
+    "tedcompile, clipped and checked": dict(max_grad_norm=1.0),
+    'tedcompile, master="split"': dict(check_finite=False, master="split"),
+    'tedcompile, moments="bf16"': dict(check_finite=False, moments="bf16"),
+    'tedcompile, moments="int8"': dict(check_finite=False, moments="int8"),
+}
+UNITS = {"step_ms": "ms", "cpu_ms": "ms", "extra_gib": "GiB", "of_copy": "1", "error": "relative"}
+UNITS |= {"copy_gb_s": "GB/s", "link_gb_s": "GB/s", "of_link": "1", "device_gib": "GiB"}
+
+
+class Device:
+    """Times, memory and waiting, on a GPU or (to try this file) on a CPU."""
+
+    def __init__(self, name: str):
+        self.name, self.gpu = name, name == "cuda"
+
+    def sync(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    def held(self, peak: bool = False) -> int:
+        if not self.gpu:
+            return 0
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+
+    def time(self, step: Callable[[], object], repeats: int = 7, warm: int = 2) -> tuple[float, float]:
+        """Median seconds of a step, and of the host's part of it."""
+        for _ in range(warm):
+            step()
+        wall, host = [], []
+        for _ in range(repeats):
+            self.sync()
+            start = time.perf_counter()
+            step()
+            host.append(time.perf_counter() - start)
+            self.sync()
+            wall.append(time.perf_counter() - start)
+        return statistics.median(wall), statistics.median(host)
+
+
+def tensors(device: Device, total: int, count: int) -> list[torch.nn.Parameter]:
+    generator = torch.Generator(device.name).manual_seed(0)
+    made = []
+    for _ in range(count):
+        t = torch.empty(total // count, dtype=torch.bfloat16, device=device.name)
+        made.append(torch.nn.Parameter(t.normal_(0, 0.02, generator=generator)))
+    return made
+
+
+def ours(params: list, **options) -> Callable[[], object]:
+    optimizer = TiledAdamW(params, **OPTIONS, **options)
+    for p in params:
+        p.grad.normal_(0, 1e-3)
+    return optimizer.step
+
+
+def torch_adamw(params: list, **options) -> Callable[[], object]:
+    """fp32 master weights around torch's optimizer, as mixed-precision training does it: casts there and back."""
+    masters = [torch.nn.Parameter(p.detach().float()) for p in params]
+    optimizer = torch.optim.AdamW(masters, **OPTIONS, **options)
+    for p in params:
+        p.grad = torch.empty_like(p).normal_(0, 1e-3)
+
+    @torch.no_grad()
+    def step():
+        for master, p in zip(masters, params, strict=True):
+            master.grad = p.grad.float()
+        optimizer.step()
+        for master in masters:
+            master.grad = None
+        torch._foreach_copy_([p.detach() for p in params], masters)
+
+    return step
+
+
+def compiled_loop(params: list) -> Callable[[], object]:
+    """One compiled pointwise pass for each tensor: what is left to gain over it is launches."""
+    states = [[p.detach().float(), torch.zeros_like(p, dtype=torch.float32), torch.zeros_like(p, dtype=torch.float32)]
+              for p in params]  # fmt: skip
+    for p in params:
+        p.grad = torch.empty_like(p).normal_(0, 1e-3)
+    count = torch.zeros((), dtype=torch.float32, device=params[0].device)
+
+    @torch.compile(fullgraph=True)
+    def update(p, g, master, m, v, size, root):
+        g = g.float()
+        m.lerp_(g, 0.1)
+        v.mul_(0.999).addcmul_(g, g, value=0.001)
+        master.mul_(1 - 1e-6).sub_(size * m / (v.sqrt() / root + 1e-8))
+        p.copy_(master)
+
+    @torch.no_grad()
+    def step():
+        count.add_(1)
+        size, root = 1e-4 / (1 - 0.9**count), (1 - 0.999**count).sqrt()
+        for p, state in zip(params, states, strict=True):
+            update(p.detach(), p.grad, *state, size, root)
+
+    return step
+
+
+SYSTEMS: dict[str, Callable[[list], Callable]] = {
+    "torch AdamW, fused, with casts": lambda params: torch_adamw(params, fused=True),
+    "torch AdamW, foreach, with casts": lambda params: torch_adamw(params, foreach=True),
+    "a compiled pass for each tensor": compiled_loop,
+}
+SYSTEMS |= {name: (lambda params, o=options: ours(params, **o)) for name, options in OURS.items()}
+
+
+def measure(device: Device, make: Callable, total: int, count: int, copy: float) -> dict[str, float]:
+    params = tensors(device, total, count)
+    step = make(params)
+    step()  # compiles, allocates states
+    device.sync()
+    before = device.held()
+    if device.gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds, host = device.time(step)
+    extra = device.held(peak=True) - before
+    return {
+        "step_ms": seconds * 1e3,
+        "of_copy": BYTES * total / seconds / copy,
+        "extra_gib": extra / 2**30,
+        "cpu_ms": host * 1e3,
+    }
+
+
+def copy_bandwidth(device: Device, size: int) -> float:
+    """Bytes read and written a second by a copy."""
+    a = torch.zeros(size, dtype=torch.uint8, device=device.name)
+    b = torch.empty_like(a)
+    return 2 * size / device.time(lambda: b.copy_(a))[0]
+
+
+def accuracy(device: Device) -> float:
+    """The master weights' update after 100 steps on bf16 gradients, beside torch's in fp32."""
+    (p,) = tensors(device, 1 << 20, 1)
+    twin = torch.nn.Parameter(p.detach().float())
+    optimizer, theirs = TiledAdamW([p], **OPTIONS), torch.optim.AdamW([twin], **OPTIONS)
+    start = twin.detach().clone()
+    for _ in range(100):
+        p.grad.normal_(0, 1e-3)
+        twin.grad = p.grad.float()
+        optimizer.step()
+        theirs.step()
+    master = optimizer.state_dict()["state"][0]["master"]
+    assert torch.equal(p.detach(), master.bfloat16())
+    assert not torch.equal(master, start)
+    return float((master - twin.detach()).norm() / twin.detach().norm())
+
+
+def link_bandwidth(device: Device, size: int = 1 << 30) -> float:
+    """Bytes a second in each direction, both at once, of pinned host memory."""
+    host = [torch.zeros(size, dtype=torch.uint8, pin_memory=device.gpu) for _ in range(2)]
+    there = [torch.zeros(size, dtype=torch.uint8, device=device.name) for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)] if device.gpu else []
+
+    def both():
+        if not streams:
+            return there[0].copy_(host[0]), host[1].copy_(there[1])
+        for stream, (a, b) in zip(streams, ((there[0], host[0]), (host[1], there[1])), strict=True):
+            with torch.cuda.stream(stream):
+                a.copy_(b, non_blocking=True)
+
+    return size / device.time(both, repeats=3, warm=1)[0]
+
+
+def offload(device: Device, total: int) -> dict[str, float]:
+    link = link_bandwidth(device)
+    params = tensors(device, total, 40)
+    before = sum(4 * p.numel() for p in params)  # parameters and gradients
+    step = ours(params, check_finite=False, offload="cpu")
+    if device.gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds, _ = device.time(step, repeats=3, warm=1)
+    return {
+        "step_ms": seconds * 1e3,
+        "link_gb_s": link / 1e9,
+        "of_link": 12 * total / link / seconds,
+        "device_gib": max(device.held(peak=True) - before, 0) / 2**30,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--params", type=float, default=1.5e9)
+    parser.add_argument("--offload", type=float, default=4e9, help="parameters of the offload case, 0 for none")
+    parser.add_argument("--counts", type=int, nargs="*", default=[30, 3000, 1])
+    parser.add_argument("--out", default=str(pathlib.Path(__file__).parent / "results" / "optimizer.json"))
+    args = parser.parse_args()
+    device = Device(args.device)
+    facts = {
+        "versions": {"torch": torch.__version__},
+        "gpu": torch.cuda.get_device_name() if device.gpu else "cpu",
+        "clock_mhz": torch.cuda.clock_rate() if device.gpu else 0,
+        "date": datetime.date.today().isoformat(),
+    }
+    rows: list[dict] = []
+
+    def record(case: str, system: str, **found: float) -> None:
+        print(case, system, {k: round(v, 4) for k, v in found.items()}, flush=True)
+        rows.extend(
+            {"benchmark": "optimizer", "case": case, "system": system, "metric": metric, "value": value,
+             "unit": UNITS[metric], **facts}
+            for metric, value in found.items()
+        )  # fmt: skip
+        pathlib.Path(args.out).write_text(json.dumps(rows, indent=1) + "\n")
+
+    record("ted_6.7b", "up-cast at once (formula)", extra_gib=4 * 16 * 6.7e9 / (3 * 32) / 2**30)
+    record("ted_6.7b", "tedcompile (two tiles)", extra_gib=2 * 64 / 1024)
+    total = int(args.params)
+    copy = copy_bandwidth(device, min(2 * total, 1 << 32))
+    record("copy", "copy", copy_gb_s=copy / 1e9)
+    for count in args.counts:
+        for name, make in SYSTEMS.items():
+            if count != args.counts[0] and ("master" in name or "moments" in name):
+                continue
+            record(f"{count:,} tensors", name, **measure(device, make, total, count, copy))
+            gc.collect()
+    record("accuracy", "tedcompile", error=accuracy(device))
+    if args.offload:
+        record("offload", "tedcompile", **offload(device, int(args.offload)))
+
+
+if __name__ == "__main__":
+    main()
