@@ -53,8 +53,8 @@ class Device:
             return 0
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
 
-    def time(self, step: Callable[[], object], repeats: int = 7, warm: int = 2) -> tuple[float, float]:
-        """Median seconds of a step, and of the host's part of it."""
+    def time(self, step: Callable[[], object], repeats: int = 5, warm: int = 2, steps: int = 5) -> tuple[float, float]:
+        """Median seconds of one of `steps` steps in a row, and of the host's part of it."""
         for _ in range(warm):
             step()
         wall, host = [], []
@@ -62,9 +62,11 @@ class Device:
             self.sync()
             start = time.perf_counter()
             step()
-            host.append(time.perf_counter() - start)
+            host.append(time.perf_counter() - start)  # of the first: later ones may wait for a full queue
+            for _ in range(steps - 1):
+                step()
             self.sync()
-            wall.append(time.perf_counter() - start)
+            wall.append((time.perf_counter() - start) / steps)
         return statistics.median(wall), statistics.median(host)
 
 
@@ -192,7 +194,7 @@ def link_bandwidth(device: Device, size: int = 1 << 30) -> float:
             with torch.cuda.stream(stream):
                 a.copy_(b, non_blocking=True)
 
-    return size / device.time(both, repeats=3, warm=1)[0]
+    return size / device.time(both, repeats=2, warm=1, steps=3)[0]
 
 
 def offload(device: Device, total: int) -> dict[str, float]:
@@ -202,7 +204,7 @@ def offload(device: Device, total: int) -> dict[str, float]:
     step = ours(params, check_finite=False, offload="cpu")
     if device.gpu:
         torch.cuda.reset_peak_memory_stats()
-    seconds, _ = device.time(step, repeats=3, warm=1)
+    seconds, _ = device.time(step, repeats=1, warm=1, steps=3)
     return {
         "step_ms": seconds * 1e3,
         "link_gb_s": link / 1e9,

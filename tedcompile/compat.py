@@ -19,7 +19,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 
 def compile_fx_inner(*args, deterministic: bool = False, ordered: bool = False, **kwargs):
@@ -35,21 +35,24 @@ def compile_fx_inner(*args, deterministic: bool = False, ordered: bool = False, 
         return compile_fx_inner(*args, **kwargs)
 
 
-def inductor_kernel(function: Callable[..., tuple], examples: list[torch.Tensor]) -> Callable[[list], Any]:
+def inductor_kernel(
+    function: Callable[..., tuple], arguments: list[tuple], device: torch.device
+) -> Callable[[list], Any]:
     """A function of tensors, compiled by Inductor for any number of rows, without guards: run([tensors]) -> results.
 
-    2-D arguments share a number of rows that may change; what the function does last to its arguments, by `copy_`, is
-    done in place.
+    `arguments` are (dtype, *sizes); 2-D ones share a number of rows, which is a hint. What the function does last to
+    its arguments, by `copy_`, is done in place.
     """
     from torch._dynamo.source import ConstantSource
 
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = []
-    for i, t in enumerate(examples):
-        sizes = [DimDynamic.DUCK, DimDynamic.STATIC] if t.dim() == 2 else [DimDynamic.STATIC] * t.dim()
-        dynamic = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * t.dim())
-        fakes.append(mode.from_tensor(t, source=ConstantSource(f"argument{i}"), symbolic_context=dynamic))
+    shapes = ShapeEnv()
+    source, hint = ConstantSource("rows"), max((a[1] for a in arguments if len(a) == 3), default=2)
+    symbol = shapes.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    rows = shapes.create_symintnode(symbol, hint=hint, source=source)
+    mode = FakeTensorMode(shape_env=shapes)
     with mode:
+        sizes = [(rows, a[2]) if len(a) == 3 else a[1:] for a in arguments]
+        fakes = [torch.empty(s, dtype=a[0], device=device) for s, a in zip(sizes, arguments, strict=True)]
         graph = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
     return compile_fx_inner(graph, fakes, is_inference=True)
 

@@ -24,6 +24,7 @@ from tedcompile.optim.flat import Bucket, Slot, copies, share
 from tedcompile.optim.offload import Stager
 from tedcompile.optim.tiles import BLOCK, LAUNCH
 
+GRAD, VERSION = attrgetter("grad"), attrgetter("_version")
 CHOICES = {"master": ("fp32", "split"), "moments": ("fp32", "bf16", "int8"), "offload": (None, "cpu")}
 
 
@@ -97,7 +98,7 @@ class Tiled(torch.optim.Optimizer):
         self.device = compat.local_tensor(self.param_groups[0]["params"][0]).device
         self._largest = self._number(math.inf if max_grad_norm is None else max_grad_norm)
         self._check = check_finite or max_grad_norm is not None
-        self._skipped = self._number(0.0)
+        self._skipped, self._zero = self._number(0.0), self._number(0.0)
         self.grad_norm = self._number(math.nan)
         self._stager = Stager(self.device, tile_bytes) if offload else None
         self._prepare, self._names = tiles.prepare_kernel(rule, self.device)
@@ -181,7 +182,7 @@ class Tiled(torch.optim.Optimizer):
         """What tells whether anything but gradients has changed since."""
         slots = [slot for _, slot in self._slots()]
         self._params, self._grads = [s.param for s in slots], [s.grad for s in slots]
-        self._versions = sum(p._version for p in self._params)
+        self._versions = sum(map(VERSION, self._params))
 
     @torch.no_grad()
     def _refresh(self, kept: Kept, everything: bool = False) -> None:
@@ -202,7 +203,7 @@ class Tiled(torch.optim.Optimizer):
 
     def _collect(self) -> None:
         """Gradients are in flat memory, and each parameter that has one is on a clock that will run."""
-        if self._active and all(self._active) and all(map(is_, map(attrgetter("grad"), self._params), self._grads)):
+        if self._active and all(self._active) and all(map(is_, map(GRAD, self._params), self._grads)):
             return
         for number, group in enumerate(self.param_groups):
             if any(p.grad is not None and p not in self._built for p in group["params"]):
@@ -257,10 +258,8 @@ class Tiled(torch.optim.Optimizer):
         totals: dict[Any, Tensor] = {}
         for kept in self.kept:
             bucket = kept.bucket
-            kernel = tiles.squares_kernel(bucket.dtype, self.device)
             for start, rows, _ in bucket.tiles():
-                (found,) = kernel([bucket.grad[start : start + rows]])
-                found = found * bucket.weight
+                found = tiles.squares(bucket.grad[start : start + rows]) * bucket.weight
                 totals[bucket.mesh] = found + totals[bucket.mesh] if bucket.mesh in totals else found
         for mesh, total in totals.items():
             for axis in range(mesh.ndim if mesh is not None else 0):
@@ -286,11 +285,11 @@ class Tiled(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._collect()
-        if sum(p._version for p in self._params) != self._versions:
+        if sum(map(VERSION, self._params)) != self._versions:
             for kept in self.kept:
                 self._refresh(kept)
             self._remember()
-        squares = self._number(0.0)
+        squares = self._zero
         if self._check:
             squares = self._squares()
             self.grad_norm = squares.sqrt()

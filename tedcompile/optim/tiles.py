@@ -26,7 +26,7 @@ from tedcompile import compat
 from tedcompile.optim.rules import Rule
 
 BLOCK = 256
-LAUNCH = 2**30 // BLOCK  # rows: 32-bit indices
+LAUNCH = 2**31 // BLOCK - 64  # rows: 32-bit indices, also of the last, partly filled program
 OCTAVE = 8  # codes an octave of a positive int8 state; 256 codes reach 2**-32 of the block's largest value
 
 
@@ -119,7 +119,7 @@ def part(value: Tensor, dtype: torch.dtype, kept: Sequence[torch.dtype]) -> tupl
 def chance(like: Tensor, g: Tensor, step: Tensor, salt: int) -> Tensor:
     """Uniform in [0, 1), (rows, 256): a hash of position, step, gradient and salt."""
     position = torch.arange(like.shape[0] * BLOCK, device=like.device).view(-1, BLOCK)
-    x = (g.view(torch.int32).to(torch.int64) ^ (position * 0x1E3779B1)) + step.to(torch.int64) * 0x45EBCA6B + salt
+    x = (g.to(torch.float32).view(torch.int32).to(torch.int64) ^ position) + step.to(torch.int64) * 0x45EBCA6B + salt
     for factor in (0x7FEB352D, 0x46CA68B5):
         x = ((x ^ (x >> 15)) & 0x7FFFFFFF) * factor
     return ((x >> 16) & 0xFFFFFF).to(torch.float32) / 2**24
@@ -157,21 +157,14 @@ def update_kernel(
                 target.copy_(torch.where(finite, value, target))
         return ()
 
-    arrays = [*kept, *(array for s in states.values() for array in s.arrays)]
-    examples = [torch.ones(len(names), dtype=torch.float64, device=device)]
-    examples += [torch.zeros(64, c, dtype=d, device=device) for d, c in ((dtype, BLOCK), (dtype, BLOCK), *arrays)]
-    return compat.inductor_kernel(update, examples)
+    arrays = [(dtype, BLOCK), (dtype, BLOCK), *kept, *(array for s in states.values() for array in s.arrays)]
+    rows = 1 << 16  # a size to choose configurations by
+    return compat.inductor_kernel(update, [(torch.float64, len(names)), *((d, rows, c) for d, c in arrays)], device)
 
 
-@functools.cache
-def squares_kernel(dtype: torch.dtype, device: torch.device) -> Callable[[list[Tensor]], Sequence[Tensor]]:
-    """run([gradient (rows, 256)]) -> [sum of squares, 0-d fp64]; inf or nan when an element is."""
-
-    def squares(grad: Tensor) -> tuple:
-        g = grad.to(precision(dtype))
-        return ((g * g).sum(-1).to(torch.float64).sum(),)
-
-    return compat.inductor_kernel(squares, [torch.zeros(64, BLOCK, dtype=dtype, device=device)])
+def squares(grad: Tensor) -> Tensor:
+    """The sum of squares of a gradient, 0-d fp64; inf or nan when an element is."""
+    return torch.linalg.vector_norm(grad, dtype=precision(grad.dtype)).to(torch.float64).square()
 
 
 def group_names(rule: Rule) -> list[str]:
@@ -199,6 +192,5 @@ def prepare_kernel(rule: Rule, device: torch.device) -> tuple[Callable, tuple[st
         step.copy_(step + finite)
         return ()
 
-    zero = torch.ones((), dtype=torch.float64, device=device)
-    examples = [zero, zero.new_ones(len(names)), zero.clone(), zero.clone(), zero.new_ones(len(found))]
-    return compat.inductor_kernel(prepare, examples), found
+    sizes: list[tuple] = [(), (len(names),), (), (), (len(found),)]
+    return compat.inductor_kernel(prepare, [(torch.float64, *s) for s in sizes], device), found
