@@ -42,6 +42,23 @@ def steps(name: str, columns: dict[str, str] = NAMES, layers: bool = False) -> s
     return tabulate(lines, ["model", "system", *map(columns.get, metrics)], tablefmt="github", disable_numparse=True)
 
 
+# column of the optimizer's table -> metric and format
+STEP = {"step, ms": ("step_ms", "{:.1f}"), "of copy bandwidth": ("of_copy", "{:.0%}"),
+        "extra memory, GiB": ("extra_gib", "{:.2f}"), "CPU time, ms": ("cpu_ms", "{:.1f}")}  # fmt: skip
+
+
+def optimizer() -> str:
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for entry in json.loads((HERE / "results" / "optimizer.json").read_text()):
+        rows.setdefault((entry["case"], entry["system"]), {})[entry["metric"]] = entry["value"]
+    lines = [
+        [case, system, *(form.format(found[metric]) for metric, form in STEP.values())]
+        for (case, system), found in rows.items()
+        if "cpu_ms" in found
+    ]
+    return tabulate(lines, ["parameters", "system", *STEP], tablefmt="github", disable_numparse=True)
+
+
 def _show(value: float | None) -> str:
     if value is None:
         return "-"
@@ -86,6 +103,7 @@ def main() -> None:
     tables = {
         name: functools.partial(steps, name) for name in ("train_step", "mesh_runs", "communication", "slow_link")
     }
+    tables["optimizer"] = optimizer
     tables["mesh_runs_options"] = functools.partial(steps, "mesh_runs", OPTIONS, layers=True)
     tables |= {f"paper_{part}": functools.partial(paper, part) for part in PAPER}
     for name, table in tables.items():

@@ -159,10 +159,13 @@ class Tiled(torch.optim.Optimizer):
             pin = bool(self.offload) and self.device.type == "cuda"
             made = [torch.zeros(bucket.own, c, dtype=d, device=where, pin_memory=pin) for d, c in arrays]
             for slot in bucket.slots:
-                slot.param.grad, slot.clock = slot.grad, clock
+                slot.clock = clock
+                if slot.param.grad is None:
+                    slot.param.grad = slot.grad
             self.kept.append(Kept(bucket, made, []))
             self._refresh(self.kept[-1], everything=True)
         self._active: tuple[bool, ...] = ()
+        self._all = False
         self._remember()
 
     def _storages(self, dtype: torch.dtype) -> dict[str, tiles.Storage]:
@@ -182,6 +185,7 @@ class Tiled(torch.optim.Optimizer):
         """What tells whether anything but gradients has changed since."""
         slots = [slot for _, slot in self._slots()]
         self._params, self._grads = [s.param for s in slots], [s.grad for s in slots]
+        self._frozen = [p for g in self.param_groups for p in g["params"] if p not in self._built]
         self._versions = sum(map(VERSION, self._params))
 
     @torch.no_grad()
@@ -203,11 +207,11 @@ class Tiled(torch.optim.Optimizer):
 
     def _collect(self) -> None:
         """Gradients are in flat memory, and each parameter that has one is on a clock that will run."""
-        if self._active and all(self._active) and all(map(is_, map(GRAD, self._params), self._grads)):
+        thawed = any(p.grad is not None for p in self._frozen)
+        if self._all and not thawed and all(map(is_, map(GRAD, self._params), self._grads)):
             return
-        for number, group in enumerate(self.param_groups):
-            if any(p.grad is not None and p not in self._built for p in group["params"]):
-                self._build(number)  # it was frozen
+        for number in range(len(self.param_groups)) if thawed else ():
+            self._build(number)
         active, sources, targets = [], [], []
         for _, slot in self._slots():
             grad, mine = slot.param.grad, slot.grad
@@ -227,7 +231,7 @@ class Tiled(torch.optim.Optimizer):
         for source, target in zip(sources, targets, strict=True):
             target.copy_(source)
         if tuple(active) != self._active:
-            self._active = tuple(active)
+            self._active, self._all = tuple(active), all(active)
             self._set_clocks()
 
     def _set_clocks(self) -> None:
@@ -408,7 +412,7 @@ class Tiled(torch.optim.Optimizer):
                     strict=True,
                 ):
                     array.copy_(new)
-        self._active = ()
+        self._active, self._all = (), False
         self._remember()
 
 

@@ -1,4 +1,4 @@
-"""`tedcompile.optim` on real processes: each of DeepSpeed's MoE forms, and each ZeRO stage (optimizers.py has all)."""
+"""`tedcompile.optim` on real processes: DeepSpeed's MoE forms, and each ZeRO stage; optimizers.py has it all."""
 
 from __future__ import annotations
 
