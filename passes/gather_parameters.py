@@ -7,7 +7,7 @@ After 2: y = linear(x, whole_of(w, whole, 0, 2, "data"))             # the same,
 The VJP of both is a reduce-scatter: the sum over the copies of a data-parallel gradient, each rank keeping its part
 (Rajbhandari et al., arXiv 1910.02054, section 5). `free` sees to it that under ZeRO-3 the backward gathers once more:
 in the joint graph the gathered parameter, and what is made of it alone (a transposed view, a cast), is recomputed,
-never kept.
+never kept. `lower` starts each gather ahead of its use.
 
 Needs: a distributed forward graph that has been checked: these moves are over data axes, of which layouts know nothing.
 Leaves true: under ZeRO-2 the placeholder of role "parameter" is the part, the whole one has the role "whole".

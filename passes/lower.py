@@ -33,6 +33,7 @@ def run(gm: GraphModule, names: dict[str, str]) -> None:
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
     _wait_late(gm)
+    _start_early(gm)
     gm.graph.lint()
     gm.recompile()
 
@@ -112,6 +113,28 @@ LOWERED = {
     ops.gather_enter.default: _gather,
     ops.reduce_scatter.default: _reduce_scatter,
 }
+
+
+AHEAD = 64 << 20  # bytes of gathered parameters that are on their way at once
+
+
+def _start_early(gm: GraphModule) -> None:
+    """Gathers of parameters (ZeRO-3) start while the ones before are still to be used: one ahead, or more small ones.
+
+    They wait for nothing but a placeholder, so any place is right; all ranks have the same graph, so the same order.
+    """
+    started = [n for n in gm.graph.find_nodes(op="call_function", target=c10d.all_gather_into_tensor.default)
+               if n.args[0].target is aten.clone.default and n.args[0].args[0].op == "placeholder"]  # fmt: skip
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    waits = [min(n.users, key=order.__getitem__) for n in started]
+    sizes = [n.meta["val"].numel() * n.meta["val"].element_size() for n in started]
+    for k in range(1, len(started)):
+        j, size = k - 1, sizes[k]
+        while j and size + sizes[j] <= AHEAD:
+            size += sizes[j]
+            j -= 1
+        waits[j].prepend(started[k].args[0])
+        waits[j].prepend(started[k])
 
 
 def _wait_late(gm: GraphModule) -> None:

@@ -34,13 +34,15 @@ def build(
         if node.op != "placeholder":
             continue
         kind, name = node.meta["role"]
-        if kind == "parameter":
+        if kind in ("parameter", "whole"):
             value = model.get_parameter(name).detach()
             local = tuple(value.shape)
             for axis, layout in node.meta.get("placements", {}).items():
                 local = layout.local(local, mesh[axis])
+            if share := ctx.share(node):
+                local = tuple(n // mesh[share.axis] if d == share.dim else n for d, n in enumerate(local))
             value = value.clone() if local == tuple(value.shape) else torch.zeros(local, dtype=value.dtype)
-            inputs.append(value.requires_grad_())
+            inputs.append(value.requires_grad_(kind == "parameter"))
         elif kind == "buffer":
             inputs.append(model.get_buffer(name).clone())
         elif kind == "constant":

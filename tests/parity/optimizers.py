@@ -138,6 +138,66 @@ def compare(case: OptimizerCase) -> dict:
     }
 
 
+@dataclass(frozen=True)
+class ResumedCase(OptimizerCase):
+    """Trained for two steps, saved, and trained on under another mesh and stage: the same losses as without a break."""
+
+    other_mesh: tuple[int, int, int] = (1, 1, 1)
+    other_zero: int = 0
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}-then-{'x'.join(map(str, self.other_mesh))}-zero{self.other_zero}"
+
+    def run(self) -> dict:
+        model, optimizer, batch = self.prepare(self.mesh, self.zero)
+        self.train(model, optimizer, batch, self.mesh, range(2))
+        weights = {n: full(p) for n, p in model.named_parameters()}
+        state = optimizer.state_dict()
+        for entries in state["state"].values():
+            entries.update({n: full(t) for n, t in entries.items()})
+        expected = self.train(model, optimizer, batch, self.mesh, range(2, STEPS))
+
+        model, optimizer, batch = self.prepare(self.other_mesh, self.other_zero, weights)
+        optimizer.load_state_dict(state)
+        found = self.train(model, optimizer, batch, self.other_mesh, range(2, STEPS))
+        error = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+        none = ("", 0.0)
+        return {
+            "ok": error <= 1e-5,
+            "loss_error": error,
+            "worst_gradient": none,
+            "worst_update": none,
+            "param_fraction": 0.0,
+            "expert_fraction": 0.0,
+            "message": f"losses {found}, without a break {expected}" if error > 1e-5 else "",
+        }
+
+    def prepare(self, mesh: tuple[int, int, int], zero: int, weights: dict | None = None):
+        import tedcompile
+
+        model, batch = build(self.model, self.scenario, models.EXPERTS)
+        model.load_state_dict(weights or {}, strict=False)
+        mesh = make_mesh(mesh, True, self.device)
+        tedcompile.parallelize(model, mesh, example_inputs=batch(0, 0), backend=self.backend, zero=zero)
+        return model, our_optimizer(self, model.parameters()), batch
+
+    def train(self, model, optimizer, batch, mesh, steps) -> list[float]:
+        """Mean losses over the data ranks, of whom both meshes have as many."""
+        import tedcompile
+
+        assert mesh[0] * mesh[1] == self.mesh[0] * self.mesh[1]
+        rank, losses = tedcompile.data_rank(make_mesh(mesh, True, self.device)), []
+        for step in steps:
+            loss = models.loss_of(model(**batch(rank, step)))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            losses.append(total.item())
+        return losses
+
+
 # DeepSpeed's MoE forms: Kim et al., arXiv 2109.10465, table 1
 FORMS = {
     "E": dict(mesh=(1, 2, 1)),
@@ -166,6 +226,13 @@ def product() -> list[OptimizerCase]:
         for mesh in ((1, 1, 2), (2, 1, 2), (1, 2, 2))
         for zero in (0, 1, 2, 3)
         for rule in LEARNING_RATES
+    ]
+    meshes = [(1, 2, 2), (2, 1, 2)]
+    cases += [
+        ResumedCase("qwen3_moe", mesh, zero=zero, clip=True, other_mesh=other, other_zero=other_zero)
+        for mesh, other in itertools.permutations(meshes)
+        for zero in (0, 1, 2, 3)
+        for other_zero in (0, 1, 2, 3)
     ]
     return sorted(cases, key=lambda case: case.world)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tests.parity.harness import Pool
-from tests.parity.optimizers import FORMS, OptimizerCase
+from tests.parity.optimizers import FORMS, OptimizerCase, ResumedCase
 
 STAGES = [
     OptimizerCase("deepseek_v3", (1, 2, 2), "starved_expert", rule="sgd", zero=1, clip=True),
@@ -49,3 +49,9 @@ def test_form(run, form):
 @pytest.mark.parametrize("case", STAGES, ids=str)
 def test_stage(run, case):
     check(case, run(case))
+
+
+def test_another_mesh_and_stage_goes_on(run):
+    case = ResumedCase("qwen3_moe", (1, 2, 2), zero=2, clip=True, other_mesh=(2, 1, 2), other_zero=3)
+    result = run(case)
+    assert result["ok"], f"{case}\n{result['message']}"
