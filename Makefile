@@ -20,6 +20,7 @@ lint: $(VENV)/.installed
 # The whole product of models, meshes and cases.
 matrix: $(VENV)/.installed
 	$(BIN)/python -m tests.parity.matrix $(ARGS)
+	$(BIN)/python -m tests.parity.optimizers
 
 # The suite again on the oldest torch that the package allows.
 test-211: .venv211/.installed

@@ -153,7 +153,8 @@ class Tiled(torch.optim.Optimizer):
             row = sum(d.itemsize * c for d, c in arrays) if self.offload else dtype.itemsize * BLOCK
             limit = LAUNCH
             if self.offload or group_:
-                limit = max(self.tile_bytes // row // (dist.get_world_size(group_) if group_ else 1), 1)
+                limit = self.tile_bytes // row // (dist.get_world_size(group_) if group_ else 1)
+                limit = max(limit // 4 * 4, 4)  # one number a row, of 4 bytes, starts on 16 too
             bucket = Bucket(number, [p for p, _ in members], [n for _, n in members], limit)
             where = "cpu" if self.offload else self.device
             pin = bool(self.offload) and self.device.type == "cuda"

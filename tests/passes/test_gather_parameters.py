@@ -26,12 +26,13 @@ def calls(gm) -> list[str]:
     return [n.target._schema.name for n in gm.graph.nodes if getattr(n.target, "namespace", "") == "ted"]
 
 
-def parts(zero, **sizes):
-    return joint.parts(Model(), dict(x=torch.randn(4, 8)), MeshShape(**sizes), zero=zero)
+def parts(zero, dp, **options):
+    return joint.parts(Model(), dict(x=torch.randn(4, 8)), MeshShape(dp=dp), zero=zero, **options)
 
 
-def test_zero_3_gathers_in_forward_and_backward_and_keeps_parts():
-    forward, backward = parts(3, dp=2)
+@pytest.mark.parametrize("checkpoint", ["none", "full"])
+def test_zero_3_gathers_in_forward_and_backward_and_keeps_parts(checkpoint):
+    forward, backward = parts(3, dp=2, checkpoint=checkpoint)
     assert calls(forward) == ["ted::gather_enter"] * 3  # up, down and its bias; `odd` does not divide
     assert calls(backward).count("ted::gather_enter") == 1  # down: up's own input needs no gradient
     assert calls(backward).count("ted::reduce_scatter") == 3 and calls(backward).count("ted::all_reduce") == 1
