@@ -163,8 +163,9 @@ def update_kernel(
 
 
 def squares(grad: Tensor) -> Tensor:
-    """The sum of squares of a gradient, 0-d fp64; inf or nan when an element is."""
-    return torch.linalg.vector_norm(grad, dtype=precision(grad.dtype)).to(torch.float64).square()
+    """The sum of squares of a gradient (rows, 256), 0-d fp64; inf or nan when an element is."""
+    dims = None if grad.is_cuda else -1  # on CPUs one long fp32 sum is inexact
+    return torch.linalg.vector_norm(grad, dim=dims, dtype=precision(grad.dtype)).to(torch.float64).square().sum()
 
 
 def group_names(rule: Rule) -> list[str]:

@@ -20,7 +20,7 @@ from tests.parity import harness
 from tests.parity.harness import Case, Pool, build, full, make_mesh, worst
 
 STEPS = 5
-TOLERANCE = 1e-6  # of an update on the same gradients; on the plain model's own, GRADIENT_TOLERANCE with SGD
+TOLERANCE = 1e-6  # of an update on the same gradients; with SGD also GRADIENT_TOLERANCE on the plain model's own
 LEARNING_RATES = {"adamw": 1e-3, "sgd": 0.2}
 CLIP = 0.5  # below the norm of the first gradients
 
@@ -102,7 +102,8 @@ def compare(case: OptimizerCase) -> dict:
         models.loss_of(output).backward()
         for n, p in model.named_parameters():
             twin[n].grad = full(p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(twin.values(), CLIP if case.clip else float("inf"))
+        norm = torch.stack([p.grad.double().norm() for p in twin.values()]).norm()
+        torch.nn.utils.clip_grad_norm_(twin.values(), CLIP if case.clip else float("inf"))
         optimizer.step()
         theirs.step()
         error = abs(optimizer.grad_norm.item() / norm.item() - 1)
@@ -117,8 +118,8 @@ def compare(case: OptimizerCase) -> dict:
     on_plain = worst(found, updates, initial, STEPS, TOLERANCE)
     if on_same[1] > TOLERANCE:
         wrong.append(f"update of {on_same[0]} differs by {on_same[1]:.1e} on the same gradients")
-    limit = harness.GRADIENT_TOLERANCE if case.rule == "sgd" else 1e-3
-    if on_plain[1] > limit:
+    # Adam makes full steps of gradients that are zero but for rounding (of a key's bias): only SGD's are compared
+    if case.rule == "sgd" and on_plain[1] > harness.GRADIENT_TOLERANCE:
         wrong.append(f"update of {on_plain[0]} differs by {on_plain[1]:.1e}")
     if loss_error > 10 * harness.LOSS_TOLERANCE:
         wrong.append(f"loss differs by {loss_error:.1e}")
