@@ -505,7 +505,8 @@ def merge(replies: dict[int, dict]) -> dict:
         return {"ok": False, "message": message}
     result = {
         key: max(reply[key] for reply in replies.values())
-        for key in ("loss_error", "param_fraction", "expert_fraction")
+        for key, value in next(iter(replies.values())).items()
+        if isinstance(value, float)
     }
     for key in ("worst_gradient", "worst_update"):
         result[key] = max((reply[key] for reply in replies.values()), key=lambda item: item[1])
