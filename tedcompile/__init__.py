@@ -4,5 +4,6 @@ from tedcompile import optim
 from tedcompile.api import parallelize
 from tedcompile.explain import explain
 from tedcompile.mesh import data_rank, data_world
+from tedcompile.save import save_pretrained
 
-__all__ = ["data_rank", "data_world", "explain", "optim", "parallelize"]
+__all__ = ["data_rank", "data_world", "explain", "optim", "parallelize", "save_pretrained"]

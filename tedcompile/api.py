@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 from tedcompile import compat, frontends, pipeline
+from tedcompile import weights as weights_
 from tedcompile import zero as zero_
 from tedcompile.capture import bind
 from tedcompile.compile import BACKENDS
 from tedcompile.layouts import Layout
+from tedcompile.lazy import cut, part, read_part
 from tedcompile.mesh import Groups, shape_of
 from tedcompile.options import Options
 from tedcompile.runtime import ParallelModule, Runtime
@@ -37,6 +41,7 @@ def parallelize(
     memory_budget: float | None = None,
     machine: str = "",
     zero: int = 0,
+    weights: str | os.PathLike | None = None,
 ) -> torch.nn.Module:
     """Makes a plain single-device model train by tensor, expert and data parallelism.
 
@@ -59,6 +64,10 @@ def parallelize(
         zero: what data-parallel ranks share out (ZeRO, arXiv 1910.02054): 1 optimizer state, 2 also gradients, 3 also
             parameters; `tedcompile.optim` reads it from the parameters. Under 2 `p.grad`, under 3 `p` too, is a DTensor
             that is split over the data axes as well, on a dim that divides (a parameter without one stays whole).
+        weights: a folder with model.safetensors, or an index and its files, in the layout that transformers writes. The
+            model is built on the meta device (`with torch.device("meta")`), and each rank reads its own slices. A meta
+            model without `weights` gets its own initialisation, module by module: by `torch.initial_seed()` of rank 0,
+            the same on every mesh of one device type.
 
     The loss that each rank returns is its local one; gradients are averaged over dp x ep, so a step is the
     single-device step on the mean loss (DeepSpeed-TED, arXiv 2303.06318, section 3).
@@ -76,24 +85,26 @@ def parallelize(
     shape_of(mesh)
     if not isinstance(mesh, DeviceMesh):
         raise TypeError("parallelize needs a torch DeviceMesh (init_device_mesh); tedcompile.explain takes plain sizes")
-    for name, p in model.named_parameters():
-        if p.device.type == "meta":
-            raise ValueError(f"parameter {name} is on the meta device: build the model with weights, on the cpu")
     example = _example(model, example_inputs)
     runtime = Runtime(Groups.of(mesh), backend, tuple([outputs] if isinstance(outputs, str) else outputs), options)
+    source = runtime.together(lambda: weights_.plan(model, weights))
+    runtime.compare("files of weights", source.digest)
     training = model.training
     model.train()
     try:
         prepared = runtime.together(lambda: runtime.prepare(model, example))
     finally:
         model.train(training)
-    _, ctx, gm, _ = prepared
+    captured, ctx, gm, _ = prepared
+    for name, value in captured.constants.items():
+        if value.is_meta:
+            raise ValueError(f"the tensor {name} of the model has no values on the meta device: make it a buffer")
     runtime.decided = pipeline.placements(gm)
     pipeline.require_axes(gm, ctx)
     if runtime.groups.rank["data"] == runtime.groups.rank["tp"] == 0:
         for what, reason in dict.fromkeys((re.sub(r"\d+", "*", pipeline.where(n)), r) for n, r in ctx.replicated):
             log.info("%s stays whole: %s", what, reason)
-    _place(model, runtime)
+    _place(model, runtime, source)
     cls = type(model)
     model.__class__ = type(f"Parallel{cls.__name__}", (ParallelModule, cls), {"__module__": cls.__module__})
     object.__setattr__(model, "_ted", runtime)
@@ -114,7 +125,7 @@ def _example(model: torch.nn.Module, given: dict[str, Any] | tuple | None) -> di
     return torch.utils._pytree.tree_map(lambda x: torch.tensor(x) if type(x) in (int, float) else x, named)
 
 
-def _place(model: torch.nn.Module, runtime: Runtime) -> None:
+def _place(model: torch.nn.Module, runtime: Runtime, source: weights_.Weights) -> None:
     """Replaces every parameter by the DTensor of its layout, and moves buffers to the device."""
     groups, decided = runtime.groups, runtime.decided or {}
     names: dict[int, dict[str, Layout]] = {}
@@ -123,50 +134,59 @@ def _place(model: torch.nn.Module, runtime: Runtime) -> None:
         first.setdefault(id(p), name)
         if decided.get(name):
             names[id(p)] = decided[name]
+    shares, placements, parts = {}, {}, {}
+    at, sizes = groups.mesh.get_coordinate() or (), groups.mesh.mesh.shape
+    for p in model.parameters():
+        layouts = names.get(id(p), {})
+        share = shares[id(p)] = zero_.share(first[id(p)], runtime.options.zero, p.shape, layouts, groups.shape)
+        placements[id(p)] = _placements({**layouts, **share.stored(groups.shape)}, groups)
+        parts[id(p)] = part(p.shape, placements[id(p)], at, sizes), p.dtype
+    seed = _broadcast(torch.tensor(torch.initial_seed() % 2**62), groups.host)
+    given = runtime.together(lambda: weights_.read(model, source, parts, int(seed), groups.device))
     done: dict[int, torch.Tensor] = {}
     for path, module in model.named_modules():
-        for slot, parameters in ((module._parameters, True), (module._buffers, False)):
+        for slot in (module._parameters, module._buffers):
             for leaf, value in slot.items():
                 if value is None:
                     continue
                 if id(value) not in done:
-                    with torch.no_grad():
-                        whole = _broadcast(value.detach().to(groups.device), groups)
-                        if parameters:
-                            layouts = names.get(id(value), {})
-                            share = zero_.share(
-                                first[id(value)], runtime.options.zero, whole.shape, layouts, groups.shape
-                            )
-                            whole = _shard(whole, value, {**layouts, **share.stored(groups.shape)}, groups)
-                            whole.ted = share  # type: ignore[attr-defined]
-                        done[id(value)] = whole
+                    local = given.pop(id(value), None)
+                    if local is None:
+                        local = _broadcast(value.detach().to(groups.device), groups.group.get("world"))
+                        if id(value) in parts:
+                            ranges, dtype = parts[id(value)]
+                            local = read_part(functools.partial(cut, local), ranges, dtype, groups.device)
+                    if id(value) in parts:
+                        local = _parameter(local, value, placements[id(value)], groups)
+                        local.ted = shares[id(value)]  # type: ignore[attr-defined]
+                    done[id(value)] = local
                 slot[leaf] = done[id(value)]
                 runtime.slots[f"{path}.{leaf}" if path else leaf] = (slot, leaf)
+    if source.mapped is not None:
+        source.mapped.loaded()
 
 
-def _broadcast(value: torch.Tensor, groups: Groups) -> torch.Tensor:
-    group = groups.group.get("world")
+def _placements(layouts: dict[str, Layout], groups: Groups) -> list[Any]:
+    found: list[Any] = []
+    for axis in groups.mesh.mesh_dim_names or ():
+        layout = layouts.get(axis)
+        if layout is None or groups.shape[axis] == 1:
+            found.append(Replicate())
+        elif len(layout.sections) > 1:
+            found.append(compat.strided_shard(layout.dim, len(layout.sections)))
+        else:
+            found.append(Shard(layout.dim))
+    return found
+
+
+def _broadcast(value: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     if group is not None:
         value = value.contiguous().clone()
         dist.broadcast(value, group_src=0, group=group)
     return value
 
 
-def _shard(whole: torch.Tensor, old: torch.Tensor, placements: dict[str, Layout], groups: Groups) -> torch.Tensor:
-    local = whole
-    spec = []
-    for axis in groups.mesh.mesh_dim_names or ():
-        layout = placements.get(axis)
-        size = groups.shape[axis]
-        if layout is None or size == 1:
-            spec.append(Replicate())
-            continue
-        sections = layout.sections or (local.shape[layout.dim],)
-        parts = [s.chunk(size, layout.dim)[groups.rank[axis]] for s in local.split(sections, layout.dim)]
-        local = torch.cat(parts, layout.dim)
-        spec.append(compat.strided_shard(layout.dim, len(sections)) if len(sections) > 1 else Shard(layout.dim))
-    if local.numel() < whole.numel():
-        local = local.clone(memory_format=torch.contiguous_format)  # not a view that keeps the whole alive
-    local = local.contiguous()
-    tensor = compat.dtensor(local, groups.mesh, spec, whole.shape, whole.contiguous().stride())
+def _parameter(local: torch.Tensor, old: torch.Tensor, placements: list[Any], groups: Groups) -> torch.Tensor:
+    strides = torch.empty(old.shape, device="meta").stride()
+    tensor = compat.dtensor(local, groups.mesh, placements, old.shape, strides)
     return compat.parameter(tensor.requires_grad_(old.requires_grad))
