@@ -45,8 +45,8 @@ DTYPES = {
 def open_folder(folder: str | os.PathLike) -> tuple[dict[str, Lazy], dict[str, Path]]:
     """A folder's tensors by name, and the file of each; their values stay on the disk.
 
-    Raises ValueError, which names the file and the tensor, for files that are missing, damaged or no safetensors, and for
-    an index that does not agree with them.
+    Raises ValueError, which names the file and the tensor, for files that are missing, damaged or no safetensors, and
+    for an index that does not agree with them.
     """
     folder = Path(folder)
     tensors: dict[str, Lazy] = {}

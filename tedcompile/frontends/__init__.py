@@ -50,7 +50,7 @@ def example_inputs(model: torch.nn.Module) -> dict[str, Any] | None:
 
 
 def from_checkpoint(model: torch.nn.Module, found: dict[str, Any]) -> Mapped:
-    """The tensors of a checkpoint under the names, and in the shapes, of the model's own; a plain module's as they are."""
+    """The tensors of a checkpoint under the names and in the shapes of the model; a plain module's as they are."""
     library = _library(model)
     if library:
         return library.from_checkpoint(model, found)
