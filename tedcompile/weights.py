@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from tedcompile import frontends
-from tedcompile.lazy import Lazy, Part, Region, cut, everything, read_part
+from tedcompile.lazy import Lazy, Part, Reader, Region, cut, everything, read_part
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -79,8 +79,8 @@ def _files(folder: Path) -> dict[Path, set[str]]:
     index = folder / INDEX
     if not index.exists():
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
-        pickles = f"; {others[0]} may be a pickle, which can run code, and is never read: convert it to safetensors"
-        raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}{pickles if others else ''}")
+        why = "may be a pickle, which can run code, and is never read: convert it to safetensors"
+        raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}" + (f"; {others[0]} {why}" if others else ""))
     try:
         listed = json.loads(index.read_text())["weight_map"]
         pairs = [(str(name), str(file)) for name, file in listed.items()]
@@ -230,7 +230,7 @@ def read(
     local: dict[int, torch.Tensor] = {}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
 
-    def take(ident: int, read_region) -> None:
+    def take(ident: int, read_region: Reader) -> None:
         t = tensors[ident]
         ranges, dtype = parts.get(ident) or ([[r] for r in everything(t.shape)], t.dtype)
         local[ident] = read_part(read_region, ranges, dtype, device)
@@ -252,21 +252,25 @@ def _initialised(
     tensor that they leave without values: then a constructor has set it, which is lost on the meta device.
     """
     modules = dict(model.named_modules())
-    versions = {n: t._version for n, t in (*model.named_parameters(), *model.named_buffers())}
+    watched = [
+        (n, t) for n, t in (*model.named_parameters(), *model.named_buffers()) if id(t) in wanted or not t.is_meta
+    ]
+    versions = [t._version for _, t in watched]
     done: set[int] = set()
-    for path, module in modules.items():
+    for path, module in modules.items() if wanted else ():
         own = [(slot, leaf, t) for slot in (module._parameters, module._buffers) for leaf, t in slot.items()]
-        fresh = [entry for entry in own if entry[2] is not None and id(entry[2]) in wanted]
-        if all(id(t) in done for _, _, t in fresh):
+        own = [entry for entry in own if entry[2] is not None]
+        if own and not any(id(t) in wanted and id(t) not in done for _, _, t in own):
             continue
+        made: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
-            for slot, leaf, t in fresh:
+            for slot, leaf, t in own:
                 value = _unset(t, device)
                 slot[leaf] = torch.nn.Parameter(value, t.requires_grad) if isinstance(t, torch.nn.Parameter) else value
             _initialise(modules, path, seed, device)
-            made = [(t, slot[leaf].detach()) for slot, leaf, t in fresh]
+            made = [(t, slot[leaf].detach()) for slot, leaf, t in own if id(t) in wanted and id(t) not in done]
         finally:
-            for slot, leaf, t in fresh:
+            for slot, leaf, t in own:
                 slot[leaf] = t
         for t, value in made:
             if _is_unset(value):
@@ -275,12 +279,10 @@ def _initialised(
                     f"({type(module).__name__} needs a reset_parameters that sets it): give it one, "
                     "or build the model on the cpu"
                 )
-            if id(t) not in done:
-                done.add(id(t))
-                yield id(t), value
-        del made, value
-    for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if t.is_meta and t._version != versions[name]:
+            done.add(id(t))
+            yield id(t), value
+    for (name, t), version in zip(watched, versions, strict=True):
+        if t._version != version:
             raise ValueError(
                 f"{name} is initialised by another module than its own, which cannot be done on the meta device: "
                 "build the model on the cpu"
