@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from tedcompile.lazy import Lazy, Region, cut, part, write_part
 from tedcompile.runtime import ParallelModule, Runtime, plain
 from tedcompile.weights import DTYPES, INDEX, SINGLE, saved_tensors
 
+STAGE = ".saving"  # the folder in which files are written
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -52,23 +53,23 @@ def save_pretrained(model: torch.nn.Module, folder: str | os.PathLike, *, max_sh
     files = _files(tensors, max_shard_size)
     first = whole.first
 
+    stage = folder / STAGE
+
     def prepare() -> None:
         if first:
-            folder.mkdir(parents=True, exist_ok=True)
+            stage.mkdir(parents=True, exist_ok=True)
             with plain(model):
-                frontends.save_config(model, folder)
+                frontends.save_config(model, stage)
 
     try:
         _together(runtime, prepare, folder)
         for file, names in files.items():
-            inside = {n: tensors[n] for n in names}
-            _together(runtime, lambda f=file, t=inside: _write(folder / f".{f}.part", t, first), folder)  # type: ignore
+            write = functools.partial(_write, stage / file, {n: tensors[n] for n in names}, first)
+            _together(runtime, write, folder)
         _together(runtime, lambda: _publish(folder, files, tensors) if first else None, folder)
     finally:
         if first:
-            for file in files:
-                with contextlib.suppress(OSError):
-                    (folder / f".{file}.part").unlink(missing_ok=True)
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _together(runtime: Runtime, work, folder: Path) -> None:
@@ -179,19 +180,17 @@ def _write(path: Path, tensors: dict[str, Lazy], first: bool) -> None:
 
 
 def _publish(folder: Path, files: dict[str, list[str]], tensors: dict[str, Lazy]) -> None:
-    """Gives the files their names, and removes those of an earlier save."""
-    stale = [
-        p for p in folder.iterdir() if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", p.name)
-    ]
-    for file in files:
-        (folder / f".{file}.part").replace(folder / file)
+    """Moves the files to their place, and removes those of an earlier save."""
     if len(files) > 1:
         where = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
-        part = folder / f".{INDEX}.part"
-        part.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        part.replace(folder / INDEX)
-    kept = set(itertools.chain(files, [INDEX] if len(files) > 1 else []))
-    for path in stale:
-        if path.name not in kept:
+        (folder / STAGE / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    written = sorted(p.name for p in (folder / STAGE).iterdir())
+    for path in folder.iterdir():
+        if path.name not in written and re.fullmatch(
+            r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name
+        ):
             path.unlink()
+    for name in written:
+        (folder / STAGE / name).replace(folder / name)
+    (folder / STAGE).rmdir()

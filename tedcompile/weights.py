@@ -204,10 +204,10 @@ def _matched(
         shown = ", ".join(f"{files[s].name}: {s} {_shape(found[s])}" for s in sources[:3])
         raise ValueError(f"{folder}: the model's {name} {_shape(t)} cannot be made of {shown}: {reason}")
     if mapped.unexpected:
-        name, more = mapped.unexpected[0], len(mapped.unexpected) - 1
+        name, others = mapped.unexpected[0], len(mapped.unexpected) - 1
         raise ValueError(
-            f"{files[name]}: tensor {name} {_shape(found[name])}{f' and {more} more' if more else ''} is no part of "
-            f"{type(model).__name__}"
+            f"{files[name]}: tensor {name} {_shape(found[name])}{f' and {others} more' if others else ''} is no part "
+            f"of {type(model).__name__}"
         )
     return matched
 

@@ -22,3 +22,8 @@ def test_through_a_folder(pool, case):
     (result,) = pool.run([case])
     assert result["ok"], result["message"]
     assert result["param_fraction"] < 0.4, "each rank has read more than its part"
+
+
+def test_what_fails_on_one_rank_fails_on_all(pool):
+    (result,) = pool.run([WeightsCase("qwen3_moe", (1, 2, 2), failures=True)])
+    assert result["ok"], result["message"]

@@ -3,10 +3,15 @@ another mesh, where each rank reads its own slices."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import pathlib
 import shutil
 import tempfile
+import unittest.mock
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +20,7 @@ from torch import Tensor, nn
 
 from tests import models
 from tests.parity import harness
-from tests.parity.harness import Case, full, make_mesh
+from tests.parity.harness import Case, full, make_mesh, require_same
 
 TOLERANCE = 1e-5  # of logits, relative to their largest
 
@@ -26,10 +31,11 @@ class WeightsCase(Case):
     zero: int = 3  # on the other mesh
     logits: bool = False  # also on the other mesh
     tied: bool = False
+    failures: bool = False  # what is refused on one rank is refused on all, and what is initialised
 
     def run(self) -> dict:
         with torch.random.fork_rng():
-            return compare(self)
+            return (fail if self.failures else compare)(self)
 
 
 def build(case: WeightsCase) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -62,6 +68,12 @@ def differ(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     return names or [n for n, t in expected.items() if found[n].dtype != t.dtype or not torch.equal(found[n], t)]
 
 
+def shared_folder() -> pathlib.Path:
+    place = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(place, src=0)
+    return pathlib.Path(place[0])
+
+
 def compare(case: WeightsCase) -> dict:
     import tedcompile
 
@@ -81,11 +93,10 @@ def compare(case: WeightsCase) -> dict:
     tedcompile.parallelize(model, mesh, example_inputs=batch, backend="eager")
     judge("parallel", logits(model, batch), want)
 
-    place = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(place, src=0)
-    folder, theirs = pathlib.Path(place[0], "ours"), pathlib.Path(place[0], "theirs")
+    place = shared_folder()
+    folder, theirs = place / "ours", place / "theirs"
     tedcompile.save_pretrained(model, folder, max_shard_size=40_000)
-    if dist.get_rank() == 0 and hasattr(reference, "config"):
+    if dist.get_rank() == 0 and hasattr(reference, "save_pretrained"):
         from transformers import AutoModelForCausalLM
 
         reference.save_pretrained(theirs)
@@ -109,7 +120,6 @@ def compare(case: WeightsCase) -> dict:
     wrong += [f"{n} is not what was saved" for n in differ(tensors(loaded), tensors(reference))]
     if case.tied and loaded.lm_head.weight is not loaded.model.embed_tokens.weight:
         wrong.append("a tied weight is not tied any more")
-    held = harness.held(loaded.parameters())
     if case.logits:
         judge("loaded", logits(loaded, batch), logits(reference, batch))
         tedcompile.save_pretrained(loaded, theirs)  # over other files, of one mesh for those of another
@@ -117,9 +127,90 @@ def compare(case: WeightsCase) -> dict:
             wrong += [f"{n} changed by loading and saving" for n in differ(read(theirs), read(folder))]
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(place[0])
+        shutil.rmtree(place)
+    return verdict(wrong, loaded, loss_error)
+
+
+def verdict(wrong: list[str], model: nn.Module, loss_error: float = 0.0) -> dict:
     nothing = ("", 0.0)
-    return dict(
-        ok=not wrong, loss_error=loss_error, worst_gradient=nothing, worst_update=nothing, param_fraction=held,
-        expert_fraction=harness.held(p for p in loaded.parameters() if p.dim() == 3), message="; ".join(wrong),
-    )  # fmt: skip
+    return {
+        "ok": not wrong,
+        "loss_error": loss_error,
+        "worst_gradient": nothing,
+        "worst_update": nothing,
+        "param_fraction": harness.held(model.parameters()),
+        "expert_fraction": harness.held(p for p in model.parameters() if p.dim() == 3),
+        "message": "; ".join(wrong),
+    }
+
+
+def fail(case: WeightsCase) -> dict:
+    import tedcompile
+
+    wrong, rank, made = [], dist.get_rank(), []
+
+    @contextlib.contextmanager
+    def refused(*texts: str) -> Iterator[None]:
+        """All ranks raise a ValueError; rank 1's has the first text, the others' the last."""
+        try:
+            yield
+            found = "nothing"
+        except ValueError as error:
+            found = str(error)
+        if texts[0 if rank == 1 else -1] not in found:
+            wrong.append(f"rank {rank}: not {texts} but {found}")
+
+    def load(weights, sizes=case.mesh):
+        with torch.device("meta"):
+            model, make_batch = build(case)
+        mesh = make_mesh(sizes, True, "cpu")
+        return tedcompile.parallelize(model, mesh, example_inputs=make_batch(0, 0), backend="eager", weights=weights)
+
+    for sizes in (case.mesh, case.other):  # a meta model is the same on every mesh
+        torch.manual_seed(7 if rank == 0 else 100 + rank)
+        model = load(None, sizes)
+        made.append(tensors(model))
+        require_same("initial values", {n: t.double().sum().item() for n, t in made[-1].items()})
+    wrong += [f"{n} is initialised by mesh" for n in differ(*made)]
+
+    place = shared_folder()
+    folder = place / "model"
+    tedcompile.save_pretrained(model, folder, max_shard_size=40_000)
+    before = {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
+    if rank == 1:
+        for name in ("torn", "other"):
+            shutil.copytree(folder, place / name)
+        torn = max((place / "torn").glob("*.safetensors"))
+        torn.write_bytes(torn.read_bytes()[:-4])
+        config = place / "other" / "model.safetensors.index.json"
+        listed = json.loads(config.read_text())["weight_map"]
+        extra = next(n for n in listed if n.endswith("norm.weight"))
+        file = place / "other" / listed[extra]
+        from safetensors.torch import load_file, save_file
+
+        save_file({n: t.bfloat16() for n, t in load_file(file).items()}, file)
+    dist.barrier()
+    with refused("is not a whole safetensors file (tensor", "rank 1 failed: ValueError"):
+        load(place / ("torn" if rank == 1 else "model"))
+    with refused("ranks disagree on their files of weights"):
+        load(place / ("other" if rank == 1 else "model"))
+
+    with torch.no_grad():
+        for p in model.parameters():
+            harness.local(p).add_(1)
+    full_disk = unittest.mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with refused("No space left on device"), full_disk if rank == 0 else contextlib.nullcontext():
+        tedcompile.save_pretrained(model, folder)
+    with refused("Not a directory"):
+        tedcompile.save_pretrained(model, folder / "config.json" / "model")
+    dist.barrier()
+    if {f.name: f.read_bytes() for f in sorted(folder.iterdir())} != before:
+        wrong.append("a failed save changed the folder")
+    dist.barrier()
+    tedcompile.save_pretrained(model, folder)
+    if sorted(f.name for f in folder.iterdir() if "safetensors" in f.name) != ["model.safetensors"]:
+        wrong.append(f"files of an older save are left: {os.listdir(folder)}")
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(place)
+    return verdict(wrong, model)
