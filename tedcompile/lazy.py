@@ -27,6 +27,7 @@ class Lazy(torch.Tensor):
     """
 
     reader: Reader
+    sliced = True  # whether a region is read without the rest
 
     @staticmethod
     def of(shape: Sequence[int], dtype: torch.dtype, reader: Reader) -> Lazy:
@@ -47,8 +48,10 @@ class Lazy(torch.Tensor):
         if any(isinstance(r, Lazy) for r in results):
             rule = VIEWS.get(name)
             readers = rule(results, *args, **kwargs) if rule else _computed(func, args, kwargs, results)
+            operands = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Lazy)]
+            sliced = rule is not None and all(t.sliced for t in operands)
             for result, reader in zip(results, readers, strict=True):
-                result.reader = reader
+                result.reader, result.sliced = reader, sliced
         return made
 
 

@@ -230,13 +230,15 @@ def read(
     local: dict[int, torch.Tensor] = {}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
 
-    def take(ident: int, read_region: Reader) -> None:
+    def take(ident: int, read_region: Reader, rows: bool = False) -> None:
         t = tensors[ident]
         ranges, dtype = parts.get(ident) or ([[r] for r in everything(t.shape)], t.dtype)
+        if rows:
+            ranges = [[(i, i + 1) for a, b in ranges[0] for i in range(a, b)], *ranges[1:]]
         local[ident] = read_part(read_region, ranges, dtype, device)
 
     for ident, value in weights.files.items():
-        take(ident, value.read)
+        take(ident, value.read, rows=value.sliced and value.dim() > 2)  # one expert at a time
     for ident, whole in _initialised(model, weights.made, seed, device):
         take(ident, functools.partial(cut, whole))
     return local

@@ -108,6 +108,7 @@ def test_a_lazy_tensor_is_what_its_ops_make(change):
     value = torch.randn(4, 5, 6)
     lazy, real = change(recorded(value, [])), change(value)
     assert isinstance(lazy, Lazy) and lazy.shape == real.shape
+    assert recorded(value, []).transpose(0, 1).sliced and not recorded(value, []).reshape(-1).sliced
     assert torch.equal(lazy.read(), real)
     region = tuple((n // 2, n) for n in real.shape)
     assert torch.equal(lazy.read(region), cut(real, region))
@@ -132,6 +133,17 @@ def test_from_files_in_another_dtype_and_layout(mesh, saved, tmp_path):
     model = empty()
     values = {n: t.bfloat16().float() if "inv_freq" not in n else t for n, t in values.items()}
     tedcompile.parallelize(model, mesh, weights=tmp_path, backend="eager")
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        assert torch.equal(compat.local_tensor(t), values[name]), name
+
+
+def test_a_model_with_values_gets_those_of_the_folder(mesh, saved):
+    from transformers import AutoModelForCausalLM
+
+    folder, values = saved
+    model = AutoModelForCausalLM.from_config(config(), dtype=torch.float32)
+    assert not torch.equal(model.lm_head.weight, values["lm_head.weight"])
+    tedcompile.parallelize(model, mesh, weights=folder, backend="eager")
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         assert torch.equal(compat.local_tensor(t), values[name]), name
 
