@@ -1,0 +1,49 @@
+"""Tile sizes of the grouped products, chosen from shapes and dtypes when a kernel is first launched: no tuning runs.
+
+The table was measured on Hopper (benchmarks/moe_layer.py); elsewhere it is a guess that is right in any case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of `m` by `n`, `k` deep at a time; `group` m-tiles share their columns' weights in the L2 cache.
+
+    `a_tma`, `b_tma`: operands come through the tensor memory accelerator where their strides allow it. `programs`: on
+    each multiprocessor, 0 for one a tile. `flatten`: the next tile's loads start in this tile's epilogue.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int = 8
+    stages: int = 3
+    group: int = 8
+    a_tma: bool = True
+    b_tma: bool = True
+    programs: int = 0
+    flatten: bool = False
+
+
+# by kernel, for half precision
+TABLE = {
+    "none": Config(128, 256, 64, stages=3),
+    "gate": Config(128, 128, 64, stages=3),
+    "gate_vjp": Config(128, 128, 64, stages=3),
+    "outer": Config(128, 256, 64, stages=3),
+}
+
+
+def choose(kind: str, rows: int, width: int, depth: int, dtype: torch.dtype) -> Config:
+    """For `rows` rows an expert on average, results `width` wide and sums over `depth`."""
+    if dtype == torch.float32:
+        return Config(64, 64, 32, warps=4, stages=2)
+    found = TABLE[kind]
+    if rows <= 64 and kind != "outer":
+        return Config(64, min(found.n, 128), 64, warps=4, stages=4)
+    return found
