@@ -16,6 +16,7 @@ class Config:
 
     `a_tma`, `b_tma`: operands come through the tensor memory accelerator where their strides allow it. `programs`: on
     each multiprocessor, 0 for one a tile. `flatten`: the next tile's loads start in this tile's epilogue.
+    `specialize`: one warp group loads, the others multiply (warps=4; operands through the accelerator only).
     """
 
     m: int
@@ -28,6 +29,7 @@ class Config:
     b_tma: bool = True
     programs: int = 0
     flatten: bool = False
+    specialize: bool = False
 
 
 # by kernel, for half precision

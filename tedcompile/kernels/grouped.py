@@ -1,7 +1,7 @@
 """Products of rows sorted by expert: rows times their expert's matrix, and rows times rows for each expert.
 
-N rows, E experts, H and I features. Both kernels may read their rows from tokens while they load (`order`, `per_token`),
-so that no permuted copy of x exists; accumulators are fp32. A tile has rows of one expert only (`routing.Plan`), tiles
+N rows, E experts, H and I features. Both kernels may read their rows from tokens while they load (`order`,
+`per_token`), so that no permuted copy of x exists; accumulators are fp32. A tile has rows of one expert only (`routing.Plan`), tiles
 that read the same weights are neighbours in time, and nothing is read back to the host.
 
 `rows_mm` ends in one of three ways: the products themselves; a gated activation of two of them (`gate`); or the
@@ -72,7 +72,7 @@ def _rows_mm(
     K: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, END: tl.constexpr, ACT: tl.constexpr,
     PER_TOKEN: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr, B_KLAST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
+    GROUP_M: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """p = a @ b[e], then, by END:
 
@@ -83,7 +83,9 @@ def _rows_mm(
     """
     m_tiles = tl.load(tiles)
     n_tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, PROGRAMS, flatten=FLATTEN):
+    for tile in tl.range(
+        tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE
+    ):
         group = tile // (GROUP_M * n_tiles)
         size = tl.minimum(m_tiles - group * GROUP_M, GROUP_M)
         within = tile % (GROUP_M * n_tiles)
@@ -182,6 +184,7 @@ def _outer(
     M: tl.constexpr, N: tl.constexpr, A_PER_TOKEN: tl.constexpr, B_PER_TOKEN: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """c (E, M, N): of each expert's rows, a (N, M) transposed times b (N, N); experts with many rows come first."""
     m_tiles: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
@@ -195,13 +198,13 @@ def _outer(
     start, end = tl.load(offsets + e), tl.load(offsets + e + 1)
     whole = start + (end - start) // BLOCK_K * BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(start, whole, BLOCK_K):
-        x = _columns(a_desc if A_TMA else a, order, k, end, m, M, A_PER_TOKEN, A_TMA, False, BLOCK_M, BLOCK_K)
-        y = _columns(b_desc if B_TMA else b, order, k, end, n, N, B_PER_TOKEN, B_TMA, False, BLOCK_N, BLOCK_K)
-        acc = tl.dot(x.T, y, acc, input_precision=PRECISION)
     if whole < end:
         x = _columns(a, order, whole, end, m, M, A_PER_TOKEN, False, True, BLOCK_M, BLOCK_K)
         y = _columns(b, order, whole, end, n, N, B_PER_TOKEN, False, True, BLOCK_N, BLOCK_K)
+        acc = tl.dot(x.T, y, acc, input_precision=PRECISION)
+    for k in tl.range(start, whole, BLOCK_K, warp_specialize=SPECIALIZE):
+        x = _columns(a_desc if A_TMA else a, order, k, end, m, M, A_PER_TOKEN, A_TMA, False, BLOCK_M, BLOCK_K)
+        y = _columns(b_desc if B_TMA else b, order, k, end, n, N, B_PER_TOKEN, B_TMA, False, BLOCK_N, BLOCK_K)
         acc = tl.dot(x.T, y, acc, input_precision=PRECISION)
     ms, ns = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
     at = c + e.to(tl.int64) * M * N + ms.to(tl.int64)[:, None] * N + ns[None, :]
@@ -242,7 +245,7 @@ def rows_mm(
     a: Tensor, weight: Tensor, plan: Plan, config: Config, *, rows: int, end: str = "none", act: str = "silu",
     order: Tensor | None = None, per_token: int = 0, pre: Tensor | None = None, weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`rows` rows of a, or of its tokens a[order // per_token], each times its expert's matrix of weight (E, K, columns).
+    """`rows` rows of a, or of its tokens a[order // per_token], each times its expert's matrix of weight (E, K, J).
 
     What comes back depends on `end`: (c,) for "none", (c, pre) for "gate", and (c, cotangent of pre, parts) for
     "gate_vjp", where parts is None without weights (T, K). Rows of no expert are left as they are.
@@ -268,7 +271,7 @@ def rows_mm(
             pre, order, weights, c, c2, parts, plan.offsets, plan.tiles,
             K=depth, WIDTH=width, COLUMNS=columns, END=end, ACT=act, PER_TOKEN=per_token, A_TMA=a_tma, B_TMA=b_tma,
             B_KLAST=last, PRECISION=_precision(a.dtype), BLOCK_M=config.m, BLOCK_N=config.n, BLOCK_K=config.k,
-            GROUP_M=config.group, PROGRAMS=programs, FLATTEN=config.flatten, num_warps=config.warps,
+            GROUP_M=config.group, FLATTEN=config.flatten, SPECIALIZE=config.specialize and a_tma and b_tma, num_warps=config.warps,
             num_stages=config.stages,
         )  # fmt: skip
     return (c,) if end == "none" else (c, c2) if end == "gate" else (c, c2, parts)
@@ -295,6 +298,6 @@ def outer(
             order, c, plan.offsets, plan.by_size,
             M=m, N=n, A_PER_TOKEN=a_per_token, B_PER_TOKEN=b_per_token, A_TMA=a_tma, B_TMA=b_tma,
             PRECISION=_precision(a.dtype), BLOCK_M=config.m, BLOCK_N=config.n, BLOCK_K=config.k,
-            GROUP_M=config.group, num_warps=config.warps, num_stages=config.stages,
+            GROUP_M=config.group, SPECIALIZE=config.specialize and a_tma and b_tma, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return c
