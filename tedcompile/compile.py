@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from tedcompile import compat, graphs
+from tedcompile import compat, graphs, kernels
 from tedcompile.layouts import D, S
 from tedcompile.options import Options
 from tedcompile.passes import (
     checkpoint,
     deterministic,
+    fuse_experts,
     gather_parameters,
     lower,
     peepholes,
@@ -107,6 +108,8 @@ def build(
     """
     if device.type != "cpu":
         _move_constants(gm, device)
+    if device.type == "cuda" and kernels.installed() and "fuse_experts" not in ctx.options.off:
+        run_pass("fuse_experts", fuse_experts.run, gm, ctx)
     mode = compat.FakeTensorMode(shape_env=compat.ShapeEnv())
     fakes = []
     for t in inputs:

@@ -10,12 +10,13 @@ a process group just before a graph is run.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tedcompile import kernels
 
 LIBRARY = torch.library.Library("ted", "DEF")
 ops = torch.ops.ted
@@ -860,7 +861,5 @@ def rand(like, seed, salt, kind, axis):
 
 # ---- CUDA -----------------------------------------------------------------------------------------------------------
 
-if torch.cuda.is_available() and importlib.util.find_spec("triton"):
-    from tedcompile.kernels import register
-
-    register(LIBRARY)
+if torch.cuda.is_available() and kernels.installed():
+    kernels.register(LIBRARY)

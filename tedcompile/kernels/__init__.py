@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def register(library: torch.library.Library) -> None:

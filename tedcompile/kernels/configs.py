@@ -16,7 +16,7 @@ class Config:
 
     `a_tma`, `b_tma`: operands come through the tensor memory accelerator where their strides allow it. `programs`: on
     each multiprocessor, 0 for one a tile. `flatten`: the next tile's loads start in this tile's epilogue.
-    `specialize`: one warp group loads, the others multiply (warps=4; operands through the accelerator only).
+    `registers`: at most so many for a thread, so that two programs fit on a multiprocessor; 0 for any number.
     """
 
     m: int
@@ -29,15 +29,15 @@ class Config:
     b_tma: bool = True
     programs: int = 0
     flatten: bool = False
-    specialize: bool = False
+    registers: int = 0
 
 
 # by kernel, for half precision
 TABLE = {
-    "none": Config(128, 256, 64, stages=3),
-    "gate": Config(128, 128, 64, stages=3),
-    "gate_vjp": Config(128, 128, 64, stages=3),
-    "outer": Config(128, 256, 64, stages=3),
+    "none": Config(128, 256, 64, programs=1, flatten=True),
+    "gate": Config(128, 128, 64, stages=4),
+    "gate_vjp": Config(128, 128, 64, registers=128),
+    "outer": Config(128, 128, 64, warps=4, stages=4),
 }
 
 

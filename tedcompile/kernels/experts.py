@@ -42,9 +42,14 @@ def limit(plans: Plans) -> Tensor:
     return next(iter(plans.made.values())).offsets[-1:]  # of any: rows_mm has made one
 
 
+def tokens(order: Tensor, k: int) -> Tensor:
+    """The token of each row, as kernels read it."""
+    return torch.div(order, k, rounding_mode="floor").to(torch.int32)
+
+
 def gated_experts(x, weights, counts, perm, order, up, down, act, dtype):
     plans = Plans(counts, order.shape[0])
-    h, pre = rows_mm(x, up, plans, "gate", act=act, order=order, per_token=perm.shape[1])
+    h, pre = rows_mm(x, up, plans, "gate", act=act, source=tokens(order, perm.shape[1]))
     (y,) = rows_mm(h, down, plans)
     return combine.gather_sum(y, perm, limit(plans), weights, dtype), pre
 
@@ -52,7 +57,7 @@ def gated_experts(x, weights, counts, perm, order, up, down, act, dtype):
 def gated_vjp(g, weights, counts, perm, order, down, pre, act):
     plans = Plans(counts, order.shape[0])
     h, grad_pre, parts = rows_mm(
-        g, down.transpose(1, 2), plans, "gate_vjp", act=act, order=order, per_token=perm.shape[1], pre=pre,
+        g, down.transpose(1, 2), plans, "gate_vjp", act=act, source=tokens(order, perm.shape[1]), pre=pre, order=order,
         weights=weights.contiguous(),
     )  # fmt: skip
     return grad_pre, h, combine.slot_sums(parts, perm, limit(plans), weights.dtype)
@@ -67,8 +72,8 @@ def gated_vjp_x(grad_pre, counts, perm, up):
 def tokens_outer(x, rows, counts, order, k, transposed):
     plans = Plans(counts, order.shape[0])
     if transposed:
-        return outer(rows, x, plans, x.dtype, order=order, b_per_token=k).transpose(1, 2)
-    return outer(x, rows, plans, x.dtype, order=order, a_per_token=k)
+        return outer(rows, x, plans, x.dtype, b_source=tokens(order, k)).transpose(1, 2)
+    return outer(x, rows, plans, x.dtype, a_source=tokens(order, k))
 
 
 def permute(x, index, experts):
