@@ -63,9 +63,10 @@ def test_values_and_gradients(body):
     ]
     got, want = torch.fx.Interpreter(gm).run(*values)[0], module(x)
     torch.testing.assert_close(got, want)
-    for a, b in zip(*(torch.autograd.grad(y, list(parameters.values())) for y in (got, want)), strict=True):
+    gradients = (torch.autograd.grad(y, list(parameters.values())) for y in (got, want))
+    for a, b, p in zip(*gradients, parameters.values(), strict=True):
         torch.testing.assert_close(a, b)
-        assert a.stride() == b.stride()
+        assert a.stride() == p.stride()
 
 
 @pytest.mark.parametrize("body", OTHERS.values(), ids=OTHERS)
