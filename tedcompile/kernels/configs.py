@@ -35,9 +35,9 @@ class Config:
 # by kernel, for half precision
 TABLE = {
     "none": Config(128, 256, 64, programs=1, flatten=True),
-    "gate": Config(128, 128, 64, stages=4),
+    "gate": Config(128, 128, 64, stages=4, group=16),
     "gate_vjp": Config(128, 128, 64, registers=128),
-    "outer": Config(128, 128, 64, warps=4, stages=4),
+    "outer": Config(128, 128, 64, stages=4),
 }
 
 
