@@ -37,7 +37,8 @@ TABLE = {
     "none": Config(128, 256, 64, programs=1, flatten=True),
     "gate": Config(128, 128, 64, stages=4, group=16),
     "gate_vjp": Config(128, 128, 64, registers=128),
-    "outer": Config(128, 128, 64, stages=4),
+    "outer": Config(128, 128, 64, stages=4),  # gathers
+    "outer_rows": Config(128, 256, 64, stages=4),
 }
 
 
@@ -46,6 +47,6 @@ def choose(kind: str, rows: int, width: int, depth: int, dtype: torch.dtype) -> 
     if dtype == torch.float32:
         return Config(64, 64, 32, warps=4, stages=2)
     found = TABLE[kind]
-    if rows <= 64 and kind != "outer":
+    if rows <= 64 and not kind.startswith("outer"):
         return Config(64, min(found.n, 128), 64, warps=4, stages=4)
     return found
