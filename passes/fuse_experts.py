@@ -6,10 +6,12 @@ Before:  rows, counts, perm, order = permute(x, index)
 After:   counts, perm, order = route(index)
          out, pre = gated_experts(x, weights, counts, perm, order, w1, w2, "act")
 
+The same for `select` and `unpermute_some`, where whole tokens went to the ranks of their experts.
+
 Autograd then keeps x, the two halves `pre` and the routing; neither rows nor the experts' outputs outlive the op.
 Needs: a forward graph with local values, all moves between ranks in it already.
-Refuses: any other body (biases, clamps, interleaved halves, two weights, rows that travel), which stays as it is; its
-products and sums have kernels of their own.
+Refuses: any other body (biases, clamps, interleaved halves, two weights, rows that travel one by one), which stays as
+it is; its products and sums have kernels of their own.
 """
 
 from __future__ import annotations
@@ -26,18 +28,26 @@ from tedcompile.ops import ops
 ACTIVATIONS = {aten.silu.default: "silu", aten.gelu.default: "gelu", aten.relu.default: "relu"}
 
 
+# how tokens become rows -> how rows become tokens again, and the routing alone
+FORMS = {
+    ops.permute.default: (ops.unpermute.default, ops.route.default),
+    ops.select.default: (ops.unpermute_some.default, ops.route_some.default),
+}
+
+
 @dataclass(frozen=True)
 class Match:
     permute: Node
     unpermute: Node
+    pre: Node
     up: Node
     down: Node
     act: str
 
 
 def run(gm: GraphModule, ctx) -> None:
-    for node in gm.graph.find_nodes(op="call_function", target=ops.permute.default):
-        match = find(node)
+    for node in list(gm.graph.nodes):
+        match = find(node) if node.target in FORMS else None
         if match is not None:
             _fuse(gm, match)
     gm.graph.eliminate_dead_code()
@@ -60,7 +70,7 @@ def find(permute: Node) -> Match | None:
     second = _only(hidden, ops.grouped_mm.default)
     if second is None or second.args[0] is not hidden or second.args[2] is not out[1]:
         return None
-    leave = _only(second, ops.unpermute.default)
+    leave = _only(second, FORMS[permute.target][0])
     if leave is None or leave.args[0] is not second or leave.args[1:3] != (out.get(2), out.get(3)):
         return None
     x, up, down = permute.args[0], first.args[1], second.args[1]
@@ -69,7 +79,7 @@ def find(permute: Node) -> Match | None:
     act = ACTIVATIONS[activated.target]
     if act == "gelu" and activated.kwargs.get("approximate", "none") == "tanh":
         act = "gelu_tanh"
-    return Match(permute, leave, up, down, act)
+    return Match(permute, leave, first, up, down, act)
 
 
 def _only(node: Node, *targets) -> Node | None:
@@ -103,13 +113,15 @@ def _fuse(gm: GraphModule, match: Match) -> None:
     x, index, experts = permute.args
     results = {n.args[1]: n for n in permute.users}
     with gm.graph.inserting_before(permute):
-        routed = graphs.call(gm.graph, ops.route.default, (index, experts), permute)
+        route = FORMS[permute.target][1]
+        routed = graphs.call(gm.graph, route, (index, experts), permute, permute.meta["val"][1:])
         routing = [graphs.call(gm.graph, operator.getitem, (routed, i), permute) for i in range(3)]
     for i in (1, 2, 3):
         if i in results:
             results[i].replace_all_uses_with(routing[i - 1])
     with gm.graph.inserting_before(leave):
         args = (x, leave.args[3], *routing, match.up, match.down, match.act, val(leave).dtype)
-        fused = graphs.call(gm.graph, ops.gated_experts.default, args, leave)
+        pre = val(match.pre)
+        fused = graphs.call(gm.graph, ops.gated_experts.default, args, leave, (val(leave), pre))
         out = graphs.call(gm.graph, operator.getitem, (fused, 0), leave)
     leave.replace_all_uses_with(out)

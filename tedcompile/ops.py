@@ -344,9 +344,18 @@ def _fake_select(x, index, experts):
 )
 def select(x, index, experts):
     """`permute` without the slots of index -1: rows (N, H) are as many as have an expert; perm is -1 for the others."""
-    counts, perm, order = _route(index, experts)
-    order = order[: int(counts.sum())].clone()
-    return x[order // index.shape[1]], counts, torch.where(index < 0, -1, perm), order
+    counts, perm, order = route_some(index, experts)
+    return x[order // index.shape[1]], counts, perm, order
+
+
+@define(
+    "route_some(Tensor index, int experts) -> (Tensor, Tensor, Tensor)",
+    lambda index, experts: _fake_select(index.new_empty(index.shape[0], 0), index, experts)[1:],
+)
+def route_some(index, experts):
+    """`select` without its rows: index (T, K) int, experts E -> counts (E,), perm (T, K), order (N,)."""
+    counts, perm, order = ops.route(index, experts)
+    return counts, torch.where(index < 0, -1, perm), order[: int(counts.sum())].clone()
 
 
 @define(
@@ -579,7 +588,8 @@ def gated_vjp(g, weights, counts, perm, order, down, pre, act):
         (grad_pre,) = torch.autograd.grad(h, leaf, grad_h * w)
     h, products = h.detach(), (grad_h * h.detach()).sum(-1, keepdim=True)
     pad = lambda t: torch.cat([t, t.new_zeros(order.shape[0] - n, t.shape[1])])
-    return pad(grad_pre), pad(h * w), pad(products).view(-1)[perm].to(weights.dtype)
+    grad_weights = _picked(products, torch.where(perm < n, perm, -1))[..., 0].to(weights.dtype)
+    return pad(grad_pre), pad(h * w), grad_weights
 
 
 @define(

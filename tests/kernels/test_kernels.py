@@ -65,10 +65,10 @@ def case(name, transposed, T=14, K=2, E=4, H=24, I=20, dtype=torch.float32):
     return index, [t.to(dtype).requires_grad_() for t in (x, weights, up, down)]
 
 
-def run(module, index, inputs, act, g):
+def run(module, index, inputs, act, g, route=ops.route):
     """gated_experts and its gradients by the functions of a module: kernels or references."""
     x, weights, up, down = (t.detach() for t in inputs)
-    counts, perm, order = routing.route(index, up.shape[0])
+    counts, perm, order = route(index, up.shape[0])
     out, pre = module.gated_experts(x, weights, counts, perm, order, up, down, act, x.dtype)
     grad_pre, h, grad_weights = module.gated_vjp(g, weights, counts, perm, order, down, pre, act)
     k = perm.shape[1]
@@ -93,6 +93,18 @@ def test_gated_experts(name, transposed, sizes):
         close(a, b)
     for a, b in zip(got[3:], inputs[2:], strict=True):
         assert a.stride() == b.stride() or not a.numel()
+
+
+def test_only_rows_with_an_expert():
+    index, inputs = case("slots without", True)
+    g = torch.randn_like(inputs[0])
+    got, same, want = (
+        run(m, index, inputs, "silu", g, route)
+        for m, route in ((experts, ops.route_some), (ted, ops.route_some), (ted, ops.route))
+    )
+    for a, b, c in zip(got, same, want, strict=True):
+        close(a, c)
+        close(b, c)
 
 
 @pytest.mark.parametrize("act", ted.ACTIVATIONS)

@@ -74,3 +74,13 @@ def test_other_bodies_stay(body):
     _, _, gm = fused(body)
     assert "ted::gated_experts" not in lockstep.targets(gm)
     assert lockstep.targets(gm).count("ted::grouped_mm") == 2
+
+
+@pytest.mark.parametrize("dispatch, fuses", [("all_gather", True), ("dedup", True), ("all_to_all", False)])
+def test_tokens_that_travel(dispatch, fuses, monkeypatch):
+    module, mesh = Block(BODIES["chunk"]), MeshShape(ep=5)
+    batches = [{"x": torch.randn(T, H, dtype=torch.float64)} for _ in range(5)]
+    gm, ctx = lockstep.distributed(module, batches[0], mesh, plan={"dispatch": dispatch})
+    fuse_experts.run(gm, ctx)
+    assert ("ted::gated_experts" in lockstep.targets(gm)) == fuses
+    lockstep.parity(module, batches, mesh, monkeypatch, (gm, ctx))
