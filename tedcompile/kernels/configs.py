@@ -45,7 +45,7 @@ TABLE = {
 def choose(kind: str, rows: int, width: int, depth: int, dtype: torch.dtype) -> Config:
     """For `rows` rows an expert on average, results `width` wide and sums over `depth`."""
     if dtype == torch.float32:
-        return Config(64, 64, 32, warps=4, stages=2)
+        return Config(64, 64, 32, warps=4, stages=2, a_tma=False, b_tma=False)
     found = TABLE[kind]
     if rows <= 64 and not kind.startswith("outer"):
         return Config(64, min(found.n, 128), 64, warps=4, stages=4)

@@ -70,7 +70,7 @@ def route(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     _histograms[(blocks,)](index, hist, n, E=experts, E2=lanes, BLOCK=block)
     _prefixes[(experts + 1,)](hist, counts, blocks, SCAN=SCAN)
     _places[(blocks,)](index, hist, counts, perm, order, n, E=experts, E2=lanes, BLOCK=block)
-    return counts[:experts].clone(), perm, order
+    return counts[:experts], perm, order
 
 
 @triton.jit

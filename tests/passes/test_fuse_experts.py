@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from tedcompile import pipeline
 from tedcompile.mesh import MeshShape
 from tedcompile.ops import ops
 from tedcompile.passes import fuse_experts
-from tests import lockstep
+from tests import joint, lockstep, models
 
 T, H, I, E, K = 9, 6, 4, 5, 2
 
@@ -84,3 +85,22 @@ def test_tokens_that_travel(dispatch, fuses, monkeypatch):
     fuse_experts.run(gm, ctx)
     assert ("ted::gated_experts" in lockstep.targets(gm)) == fuses
     lockstep.parity(module, batches, mesh, monkeypatch, (gm, ctx))
+
+
+def test_only_tokens_halves_and_routing_are_kept(monkeypatch):
+    """Of a layer: nothing as long as the rows but the halves; no row of tokens and no output of an expert."""
+    model, make_batch = models.MODELS["qwen3_moe"]()
+    run_forward = pipeline.run_forward
+
+    def fusing(captured, ctx):
+        gm = run_forward(captured, ctx)
+        fuse_experts.run(gm, ctx)
+        return gm
+
+    monkeypatch.setattr(pipeline, "run_forward", fusing)
+    forward, backward = joint.parts(model, make_batch(0, 0, seq=18), MeshShape())
+    rows = 18 * models.BATCH * 2  # no size of a weight
+    kept = [n.meta["val"] for n in backward.graph.find_nodes(op="placeholder")]
+    kept = [v.shape[1] for v in kept if isinstance(v, torch.Tensor) and v.dim() == 2 and v.shape[0] == rows]
+    assert kept == [96, 96]  # both layers' [gate, up]
+    assert not [n for n in forward.graph.nodes if n.target is ops.grouped_mm.default]
