@@ -239,5 +239,8 @@ class _Sizes:
         if name.startswith("aten::_scaled_dot_product"):  # q k^T and its product with v
             q, k = node.args[:2]
             return 4 * self.numel(shape(q)) * self.numel(shape(k)[-2:-1])
+        if node.target is ops.gated_experts.default:
+            order, up, down = node.args[4:7]
+            return 2 * self.numel(shape(order)) * (self.numel(shape(up)[1:]) + self.numel(shape(down)[1:]))
         operand = PRODUCTS.get(node.target)
         return 0 if operand is None else 2 * self.numel(shape(node)) * self.numel(shape(node.args[operand])[-1:])
