@@ -115,6 +115,8 @@ def _fuse(gm: GraphModule, match: Match) -> None:
     with gm.graph.inserting_before(permute):
         route = FORMS[permute.target][1]
         routed = graphs.call(gm.graph, route, (index, experts), permute, permute.meta["val"][1:])
+        layout = permute.meta["layout"]
+        routed.meta["layout"] = layout[1:] if isinstance(layout, tuple) else layout
         routing = [graphs.call(gm.graph, operator.getitem, (routed, i), permute) for i in range(3)]
     for i in (1, 2, 3):
         if i in results:

@@ -41,7 +41,7 @@ class _Forward(torch.nn.Module):
         for node in gm.graph.nodes:
             if node.target in graphs.RAGGED:  # the joint graph has a symbol there; "custom" reaches it
                 layout = node.meta["layout"]
-                own = isinstance(layout, tuple) and layout[0].kind in "SD" or layout in (D, S(0))
+                own = (layout[0] if isinstance(layout, tuple) else layout) in (D, S(0))
                 node.meta["custom"] = {"rows": graphs.rows(node) // (tp if own else 1)}
         self.run, self.device = _Runner(gm, device).run, device
 

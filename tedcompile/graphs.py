@@ -29,14 +29,14 @@ KEPT = ("nn_module_stack", "stack_trace", "autocast", "pinned")
 PLACES = {ops.slice.default, ops.gather.default, ops.gather_enter.default, ops.reduce_scatter.default,
           ops.gather_rows.default, ops.scatter_rows.default}  # fmt: skip
 
-# ops whose number of rows depends on data
-RAGGED = {ops.all_to_all.default, ops.select.default, ops.gather_rows.default}
+# ops whose number of rows depends on data, and which of several results has them
+RAGGED = {ops.all_to_all.default: 0, ops.select.default: 0, ops.gather_rows.default: 0, ops.route_some.default: 2}
 
 
 def rows(node: Node) -> Any:
-    """The number of rows of a ragged op's (first) result."""
+    """The number of rows of a ragged op's result."""
     value = node.meta["val"]
-    return (value[0] if isinstance(value, (tuple, list)) else value).shape[0]
+    return (value[RAGGED[node.target]] if isinstance(value, (tuple, list)) else value).shape[0]
 
 
 def value_of(node: Node) -> Any:
