@@ -110,6 +110,7 @@ def merge(graph: Graph) -> None:
         for members in groups:
             if len(members) > 1:
                 _together(graph, members, axis)
+                graphs.sort_nodes(graph)  # what one op made of an earlier one waits for all
 
 
 def _leaves(node: Node) -> bool:

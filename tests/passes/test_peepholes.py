@@ -209,11 +209,12 @@ def test_small_all_reduces_that_leave_the_graph_become_one():
     b = Build()
     x = [b.input(f"x{i}", 4, 2) for i in range(3)]
     large = b.input("large", peepholes.MERGED)
-    sums = [b(REDUCE, a, "tp") for a in (*x, large)]
+    sums = [b(REDUCE, x[2], "tp")]
+    cast = b(aten.neg.default, sums[0])  # before the others are there
+    sums = [*(b(REDUCE, a, "tp") for a in (x[0], x[1])), sums[0], b(REDUCE, large, "tp")]
     read = b(aten.mul.Tensor, b(REDUCE, b(aten.neg.default, x[0]), "tp"), x[1])  # read inside: not one of them
     inside = b(aten.sum.default, read)
     other = b(REDUCE, b(aten.neg.default, x[1]), "ep")
-    cast = b(aten.neg.default, sums[2])
     b.graph.output((sums[0], sums[1], cast, sums[3], inside, other))
     gm = GraphModule({}, b.graph)
     peepholes.merge(gm.graph)
