@@ -55,7 +55,12 @@ def _index_add(graph: Graph, node: Node):
     return ops.sum_into.default, (x, [*[None] * (dim % ndim(x)), index], values)
 
 
+def _embedding(graph: Graph, node: Node):
+    return ops.embedding_vjp.default, node.args
+
+
 RULES = {
+    aten.embedding_dense_backward.default: _embedding,
     aten.index_put.default: _index_put,
     aten._unsafe_index_put.default: _index_put,
     aten.scatter_add.default: _scatter_add,

@@ -102,10 +102,14 @@ def expression(size: torch.SymInt) -> Any:
     return size.node.expr
 
 
-def select_decomp_table():
+def select_decomp_table(deterministic: bool = False):
+    """Inductor's decompositions; `deterministic`: without that of an embedding's gradient, which adds atomically."""
     from torch._inductor.decomposition import select_decomp_table
 
-    return select_decomp_table()
+    table = dict(select_decomp_table())
+    if deterministic:
+        table.pop(torch.ops.aten.embedding_dense_backward.default, None)
+    return table
 
 
 def register_group(name: str, group: dist.ProcessGroup) -> None:

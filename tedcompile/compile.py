@@ -122,6 +122,7 @@ def build(
         if autocast
         else contextlib.nullcontext()
     )
+    deterministic = ctx.shape.tp > 1  # tp ranks hold values alike: they must be bit-equal
     with contextlib.ExitStack() as stack:
         stack.enter_context(mode)
         with outer:
@@ -129,7 +130,7 @@ def build(
                 stack,
                 _Forward(gm, device, ctx.shape.tp),
                 tuple(fakes),
-                decompositions=compat.select_decomp_table() if backend == "inductor" else None,
+                decompositions=compat.select_decomp_table(deterministic) if backend == "inductor" else None,
             )
         if train:
             graph = joint.graph_module
@@ -145,7 +146,7 @@ def build(
             ctx.outputs = first
             for name, run in _joint_passes(ctx.options):
                 run_pass(name, run, graph, ctx)
-        stack_free = _compiler(backend, names, deterministic=ctx.shape.tp > 1)
+        stack_free = _compiler(backend, names, deterministic)
         return compat.aot_compile_joint_with_descriptors(
             joint,
             partition_fn=functools.partial(partition, ctx),

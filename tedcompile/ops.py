@@ -793,6 +793,15 @@ def sum_along(x, dim, index, src):
     return sum_into(x, places, src[tuple(slice(n) for n in index.shape)])
 
 
+@define(
+    "embedding_vjp(Tensor g, Tensor ids, int rows, int padding_idx, bool scale) -> Tensor",
+    lambda g, ids, rows, padding_idx, scale: g.new_empty(rows, g.shape[-1]),
+)
+def embedding_vjp(g, ids, rows, padding_idx, scale):
+    """An embedding's gradient by ATen's kernel, which sorts on CUDA: g (..., H), ids (...) -> (rows, H)."""
+    return torch.ops.aten.embedding_dense_backward(g, ids, rows, padding_idx, scale)
+
+
 # ---- vocabulary parallelism -----------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,8 @@ CASES = {
     "a mask": (lambda x, v: torch.ops.aten.index_put(x, [rows == 4], v[:3], True), ops.sum_into.default),
     "scatter_add": (lambda x, v: x.scatter_add(0, table, v), ops.sum_along.default),
     "scatter_add along the last": (lambda x, v: x.scatter_add(1, table[:, :2] % 4, v), ops.sum_along.default),
+    "embedding": (
+        lambda x, v: torch.ops.aten.embedding_dense_backward(v, rows, 6, -1, False), ops.embedding_vjp.default),
     "scatter_reduce": (lambda x, v: x.scatter_reduce(0, table, v, "sum"), ops.sum_along.default),
 }  # fmt: skip
 STAY = {
