@@ -37,8 +37,8 @@ from tedcompile.ops import ops
 # ops that decide where rows go
 ROUTING = {aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable,
            aten.max.dim, aten.argmax.default, ops.route.default, ops.regroup.default, ops.exchange_counts.default,
-           ops.splits.default, ops.row_sizes.default, ops.select.default, ops.route_some.default, ops.localize.default,
-           ops.destinations.default, ops.gather_rows.default}  # fmt: skip
+           ops.splits.default, ops.row_sizes.default, ops.row_marks.default, ops.select.default,
+           ops.route_some.default, ops.localize.default, ops.destinations.default, ops.gather_rows.default}  # fmt: skip
 
 # products, and their operand whose last dim is contracted
 PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1,

@@ -3,15 +3,18 @@
 Before:  g_back = all_to_all_like(g, splits, back)     # backward: `back` (N, H) is kept for its N
 After:   g_back = all_to_all_like(g, splits, order)    # `order` (N,) is kept anyway
 
+Where no such value is, as where rows that arrive are gathered over tp at once, a byte for each row is made.
+
 Needs: a joint graph, whose values have local fake values.
 """
 
 from __future__ import annotations
 
+import torch
 from torch.fx import GraphModule, Node
 
 from tedcompile import graphs
-from tedcompile.layouts import shape, val
+from tedcompile.layouts import shape
 from tedcompile.ops import ops
 
 # the operand that only gives the number of rows
@@ -20,11 +23,19 @@ ROWS = {ops.all_to_all_like.default: 2, ops.gather_rows_like.default: 2, ops.sca
 
 def run(gm: GraphModule, ctx) -> None:
     orders: dict[str, Node] = {}
-    for node in gm.graph.nodes:
+    there = {str(shape(n)[0]) for n in gm.graph.nodes if _is_order(n)}
+    for node in list(gm.graph.nodes):
+        if node.target is ops.all_to_all.default and str(shape(node)[0]) not in there | orders.keys():
+            with graphs.after(gm.graph, node):
+                orders[str(shape(node)[0])] = graphs.call(gm.graph, ops.row_marks.default, (node,), node)
         at = ROWS.get(node.target)
         if at is not None:
             smallest = orders.get(str(shape(node.args[at])[0]), node.args[at])
             graphs.set_args(node, (*node.args[:at], smallest, *node.args[at + 1 :]))
-        value = node.meta.get("val")
-        if hasattr(value, "dim") and value.dim() == 1 and not val(node).is_floating_point():
+        if _is_order(node):
             orders.setdefault(str(shape(node)[0]), node)
+
+
+def _is_order(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() == 1 and not value.is_floating_point()

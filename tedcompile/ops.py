@@ -695,6 +695,12 @@ def all_to_all_like(x, splits, like, axis):
     return out
 
 
+@define("row_marks(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[0], dtype=torch.uint8), NO_GRADIENT)
+def row_marks(x):
+    """x (N, ...) -> (N,) bytes of zero: what is kept where only the number of rows is needed again."""
+    return x.new_zeros(x.shape[0], dtype=torch.uint8)
+
+
 @define(
     "row_sizes(Tensor received, int size) -> Tensor",
     lambda received, size: torch.empty(size, dtype=torch.int64),
