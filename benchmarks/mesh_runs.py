@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 MESHES = ("tp=1", "tp=2", "ep=2", "dp=2")
 TOLERANCE = 2e-2
+# At 1e-4 this one learns its four random batches so fast that one rounding more moves the loss by a tenth.
+LEARNING_RATE = {"mixtral_layer": 1e-5}
 UNITS = {
     "step_ms": "ms", "forward_backward_ms": "ms", "tokens_per_s_per_gpu": "1/s", "peak_gib": "GiB", "first_step_s": "s",
     "worst_loss_difference": "relative", "first_loss": "nats", "last_loss": "nats", "replicas_apart": "tensors",
@@ -121,7 +123,7 @@ def train(options: argparse.Namespace) -> None:
     mine = data[tedcompile.data_rank(mesh)]
 
     def new_optimizer():
-        return torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
+        return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE.get(options.case, 1e-4), foreach=True)
 
     def step(optimizer, *batches) -> torch.Tensor:
         losses = []
