@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1# many processes share the cores, and waiting OpenMP threads spin
 
-.PHONY: demo test lint matrix test-211 clean
+.PHONY: demo test lint matrix matrix-optimizers test-211 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -20,7 +20,10 @@ lint: $(VENV)/.installed
 # The whole product of models, meshes and cases.
 matrix: $(VENV)/.installed
 	$(BIN)/python -m tests.parity.matrix $(ARGS)
-	$(BIN)/python -m tests.parity.optimizers
+
+# The product of optimizers, ZeRO stages and meshes.
+matrix-optimizers: $(VENV)/.installed
+	$(BIN)/python -m tests.parity.optimizers $(ARGS)
 
 # The suite again on the oldest torch that the package allows.
 test-211: .venv211/.installed
