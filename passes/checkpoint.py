@@ -37,7 +37,7 @@ from tedcompile.ops import ops
 # ops that decide where rows go
 ROUTING = {aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable,
            aten.max.dim, aten.argmax.default, ops.route.default, ops.regroup.default, ops.exchange_counts.default,
-           ops.splits.default, ops.row_sizes.default, ops.row_marks.default, ops.select.default,
+           ops.splits.default, ops.row_sizes.default, ops.select.default,
            ops.route_some.default, ops.localize.default, ops.destinations.default, ops.gather_rows.default}  # fmt: skip
 
 # products, and their operand whose last dim is contracted
@@ -66,6 +66,9 @@ def run(gm: GraphModule, ctx) -> None:
         else:
             continue
         node.meta["ac_graph_id"] = number.setdefault(layers[node], len(number))
+    for node in gm.graph.find_nodes(op="call_function", target=ops.row_marks.default):  # no output is made of them
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        node.meta["ac_graph_id"] = number.setdefault(layer_of(module_path(node)), len(number))
 
 
 def kept(forward: Iterable[Node]) -> set[Node]:

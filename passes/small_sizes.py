@@ -33,9 +33,12 @@ def run(gm: GraphModule, ctx) -> None:
             smallest = orders.get(str(shape(node.args[at])[0]), node.args[at])
             graphs.set_args(node, (*node.args[:at], smallest, *node.args[at + 1 :]))
         if _is_order(node):
-            orders.setdefault(str(shape(node)[0]), node)
+            known = orders.setdefault(str(shape(node)[0]), node)
+            if known.meta["val"].dim() > node.meta["val"].dim():
+                orders[str(shape(node)[0])] = node
 
 
 def _is_order(node: Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dim() == 1 and not value.is_floating_point()
+    integers = isinstance(value, torch.Tensor) and value.dim() > 0 and not value.is_floating_point()
+    return integers and not graphs.collective(node)

@@ -564,10 +564,17 @@ def collectives(
                 continue
             role = "gradient" if node.meta["weights_only"] else "payload"
             add(kind, axis, role, "backward", _pattern(module_path(node)), [node])
-    for (axis, _), nodes in merged.items():
-        for bucket in _filled(nodes, shapes, peepholes.MERGED):
-            add("all_reduce", axis, "gradient", "backward", _common([_pattern(module_path(n)) for n in bucket]), bucket)
-    for axis, members in _buckets(gm, shapes, got):
+    groups = [bucket for nodes in merged.values() for bucket in _filled(nodes, shapes, peepholes.MERGED)]
+    for bucket in groups:
+        add(
+            "all_reduce",
+            bucket[0].args[-1],
+            "gradient",
+            "backward",
+            _common([_pattern(module_path(n)) for n in bucket]),
+            bucket,
+        )
+    for axis, members in _buckets(gm, shapes, got, groups):
         module = _common([_pattern(p.meta["role"][1]).rpartition(".")[0] for p in members])
         add("all_reduce", axis, "gradient", "backward", module, members)
     found = [
@@ -604,8 +611,13 @@ def _common(paths: list[str]) -> str:
     return ".".join(parts[0][:same])
 
 
-def _buckets(gm: GraphModule, shapes: _Shapes, got: set[Node]) -> Iterator[tuple[str, list[Node]]]:
-    """Parameters whose gradients are reduced together: those of one kind, from the last used to the first."""
+def _buckets(
+    gm: GraphModule, shapes: _Shapes, got: set[Node], groups: list[list[Node]]
+) -> Iterator[tuple[str, list[Node]]]:
+    """Parameters whose gradients are reduced together: those of one kind, from the last used to the first.
+
+    `groups`: parameters entered over tp, or what is made of them, whose gradients come with the last of the group.
+    """
     position = {n: i for i, n in enumerate(gm.graph.nodes)}
     members = [p for p in _parameters(gm) if p in got]
 
@@ -619,7 +631,13 @@ def _buckets(gm: GraphModule, shapes: _Shapes, got: set[Node]) -> Iterator[tuple
             found.append((position[user], user.args.index(a) if user.target is aten.linear.default else 0))
         return min(found)
 
-    members.sort(key=last, reverse=True)
+    keys = {p: last(p) for p in members}
+    entered = {user: p for p in members for user in p.users if user.target is ops.enter.default}
+    first: dict[Node, tuple[int, int]] = {}
+    for group in groups:
+        parameters = [entered[n] for n in group if n in entered and len(entered[n].users) == 1]
+        first |= dict.fromkeys(parameters, min((keys[p] for p in parameters), default=(0, 0)))
+    members.sort(key=lambda p: (first.get(p, keys[p]), keys[p]), reverse=True)
     families: dict[tuple, list[Node]] = {}
     for p in members:
         axis = "dp" if "ep" in p.meta.get("placements", {}) else "data"

@@ -40,8 +40,10 @@ CASES += [
     Case(model, (1, 2, 2), options=options, volumes=True)
     for model, options in zip(itertools.cycle(models.BASE), [name for name in OPTIONS if name and "full" not in name])
 ]
-CASES += [Case("qwen3_moe", (1, 2, 2), options=options, volumes=True) for options in ("full_resend", "ted_full_resend")]
-CASES += [Case("qwen3_moe", (1, 2, 2), options="folded_full_resend")]
+CASES += [
+    Case("qwen3_moe", (1, 2, 2), options=options, volumes=True)
+    for options in ("full_resend", "ted_full_resend", "folded_full_resend")
+]
 CASES += [Case("qwen3_moe", (1, 2, 4), "few_tokens", options=options) for options in ("ted", "dedup_folded")]
 
 
