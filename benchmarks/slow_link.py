@@ -31,6 +31,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 import tedcompile
+from benchmarks.communication import OPTIMISATIONS
 from tedcompile import machines
 from tedcompile.mesh import MeshShape
 
@@ -42,12 +43,7 @@ SIZES = dict(hidden_size=256, moe_intermediate_size=64, num_experts=16, num_expe
              num_attention_heads=8, num_key_value_heads=4, head_dim=32, vocab_size=512, intermediate_size=64,
              norm_topk_prob=True, bos_token_id=None, eos_token_id=None)  # fmt: skip
 CASE = "qwen3_2layers"
-TED = dict(experts="tensor", dispatch="all_to_all")
-SYSTEMS: dict[str, dict] = {
-    "none of them": dict(plan=TED | {"drop": "no"}, off=["save_collectives", "simplify_collectives"]),
-    "+ CAC (save_collectives)": dict(plan=TED | {"drop": "no"}, off=["simplify_collectives"]),
-    "+ DTD (drop_duplicates)": dict(plan=TED | {"drop": "yes"}, off=["simplify_collectives"]),
-    "+ algebra (simplify_collectives)": dict(plan=TED | {"drop": "yes"}),
+SYSTEMS = OPTIMISATIONS | {
     "split experts, dedup": dict(plan=dict(experts="tensor", dispatch="dedup", drop="yes")),
     "split experts, all_gather": dict(plan=dict(experts="tensor", dispatch="all_gather", drop="yes")),
     "folded experts, all_to_all": dict(plan=dict(experts="folded", dispatch="all_to_all")),

@@ -106,11 +106,11 @@ def merge(graph: Graph) -> None:
         if sum(map(size, groups[-1])) + size(node) > MERGED:
             groups.append([])
         groups[-1].append(node)
-    for (axis, _), groups in families.items():
-        for members in groups:
-            if len(members) > 1:
-                _together(graph, members, axis)
-                graphs.sort_nodes(graph)  # what one op made of an earlier one waits for all
+    several = [(axis, members) for (axis, _), groups in families.items() for members in groups if len(members) > 1]
+    for axis, members in several:
+        _together(graph, members, axis)
+    if several:
+        graphs.sort_nodes(graph)  # what one op made of an earlier one waits for all
 
 
 def _leaves(node: Node) -> bool:

@@ -31,10 +31,14 @@ class Share:
     axis: str
     dim: int | None
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes that `axis` stands for."""
+        return DATA_AXES if self.axis == "data" else (self.axis,)
+
     def layouts(self, mesh: MeshShape) -> dict[str, Layout]:
         """The further layouts of what is split, by mesh axis."""
-        axes = DATA_AXES if self.axis == "data" else (self.axis,)
-        return {} if self.dim is None else {a: S(self.dim) for a in axes if mesh[a] > 1}
+        return {} if self.dim is None else {a: S(self.dim) for a in self.axes if mesh[a] > 1}
 
     def stored(self, mesh: MeshShape) -> dict[str, Layout]:
         """Those of the parameter itself."""
@@ -60,8 +64,7 @@ def gradient(parameter: DTensor, local: torch.Tensor) -> DTensor:
     if given is None or given.stage != 2 or given.dim is None:
         return compat.like(parameter, local)
     names = parameter.device_mesh.mesh_dim_names or ()
-    axes = DATA_AXES if given.axis == "data" else (given.axis,)
-    placements = [Shard(given.dim) if n in axes else p for n, p in zip(names, parameter.placements, strict=True)]
+    placements = [Shard(given.dim) if n in given.axes else p for n, p in zip(names, parameter.placements, strict=True)]
     return compat.dtensor(local, parameter.device_mesh, placements, parameter.shape, parameter.stride())
 
 

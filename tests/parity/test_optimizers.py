@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from tests.parity.harness import Pool
 from tests.parity.optimizers import FORMS, OptimizerCase, ResumedCase
 
 STAGES = [
@@ -14,21 +13,6 @@ STAGES = [
     OptimizerCase("nano_moe", (2, 1, 2), zero=2),
     OptimizerCase("qwen3_moe", (1, 2, 2), "starved_expert", zero=3, clip=True),
 ]
-
-
-@pytest.fixture(scope="module")
-def run():
-    pool = Pool(2)
-
-    def run(case: OptimizerCase) -> dict:
-        nonlocal pool
-        if case.world != pool.world_size:
-            pool.stop()
-            pool = Pool(case.world)
-        return pool.run([case])[0]
-
-    yield run
-    pool.stop()
 
 
 def check(case: OptimizerCase, result: dict) -> None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from tests import models
-from tests.parity.harness import GRADIENT_TOLERANCE, OPTIONS, SCENARIOS, Case, Pool
+from tests.parity.harness import GRADIENT_TOLERANCE, OPTIONS, SCENARIOS, Case
 
 OTHER_MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2)]
 
@@ -45,22 +45,6 @@ CASES += [
     for options in ("full_resend", "ted_full_resend", "folded_full_resend")
 ]
 CASES += [Case("qwen3_moe", (1, 2, 4), "few_tokens", options=options) for options in ("ted", "dedup_folded")]
-
-
-@pytest.fixture(scope="session")
-def run():
-    """Runs a case in the processes of its world size; they are kept until another size is asked for."""
-    pool = Pool(1)
-
-    def run(case: Case) -> dict:
-        nonlocal pool
-        if case.world != pool.world_size:
-            pool.stop()
-            pool = Pool(case.world)
-        return pool.run([case])[0]
-
-    yield run
-    pool.stop()
 
 
 @pytest.mark.parametrize("case", sorted(CASES, key=lambda case: case.world), ids=str)
