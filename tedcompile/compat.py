@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +117,25 @@ def select_decomp_table(deterministic: bool = False):
 def register_group(name: str, group: dist.ProcessGroup) -> None:
     """Gives this rank's group a name that is the same on every rank, so graphs and compiler caches are too."""
     torch._C._distributed_c10d._register_process_group(name, group)
+
+
+def settle_gloo(patience: float = 5.0) -> None:
+    """Waits until gloo's threads have nothing left to do; for the end of a process (pytorch issue 190489).
+
+    A collective is over for its caller before gloo's thread has let go of the tensors, which takes the interpreter's
+    lock. A thread that comes late, when the interpreter ends already, aborts the process. Linux only; elsewhere nothing
+    is waited for.
+    """
+    tasks = pathlib.Path("/proc/self/task")
+    quiet, deadline = 0, time.monotonic() + patience
+    while quiet < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)  # others may take the lock
+        try:
+            states = [(t / "stat").read_text().rpartition(")") for t in tasks.iterdir()]
+        except OSError:  # no such folder, or a thread has just ended
+            states = []
+        running = any("pt_gloo" in name and state.split()[0] != "S" for name, _, state in states)
+        quiet = 0 if running else quiet + 1
 
 
 def strided_shard(dim: int, parts: int):

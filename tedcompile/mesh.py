@@ -8,6 +8,7 @@ process groups of one rank. Besides the three axes there are `data` = dp x ep, t
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import math
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from tedcompile import compat
 
 AXES = ("dp", "ep", "tp")
 DATA_AXES = ("dp", "ep")
+
+atexit.register(compat.settle_gloo)  # every call ends with a word between ranks, perhaps the process's last
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Groups:
 
     def __init__(self, mesh: DeviceMesh, serial: int):
         self.mesh, self.shape = mesh, shape_of(mesh)
+        self.era = dist.group.WORLD  # the groups end with it
         self.device = (
             torch.device("cuda", torch.cuda.current_device())
             if mesh.device_type == "cuda"
@@ -155,6 +159,8 @@ class Groups:
     def of(cls, mesh: DeviceMesh) -> Groups:
         """The groups of a mesh, made once for each distinct mesh (every rank must call this in the same order)."""
         key = (mesh.device_type, tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape), mesh.mesh_dim_names)
+        if any(groups.era is not dist.group.WORLD for groups in cls._known.values()):
+            cls._known.clear()  # torch.distributed was started again
         if key not in cls._known:
             if dist.is_initialized() and math.prod(mesh.mesh.shape) > dist.get_world_size():
                 raise ValueError(
