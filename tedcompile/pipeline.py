@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from tedcompile.machines import Machine
 from tedcompile.mesh import MeshShape
 from tedcompile.ops import ops
 from tedcompile.options import Options
+from tedcompile.prove import Prover
 from tedcompile.passes import (
     causal_mask,
     check,
@@ -25,7 +26,9 @@ from tedcompile.passes import (
     functionalise,
     plan_dispatch,
     randomness,
+    recognise_loop,
     recognise_sorted,
+    separate_experts,
     shard_experts,
     shard_tensors,
     simplify_collectives,
@@ -34,6 +37,7 @@ from tedcompile.passes import (
 
 FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("functionalise", functionalise.run),
+    ("recognise_loop", recognise_loop.run),
     ("recognise_sorted", recognise_sorted.run),
     ("causal_mask", causal_mask.run),
     ("expand_random", randomness.expand),
@@ -44,8 +48,10 @@ FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("simplify_collectives", simplify_collectives.run),
     ("dispatch_tokens", dispatch_tokens.run),
     ("shard_experts", shard_experts.run),
+    ("separate_experts", separate_experts.run),
     ("randomness", randomness.run),
 ]
+RECOGNISERS = ("recognise_loop", "recognise_sorted")
 CHECKED_FROM = "shard_tensors"
 
 
@@ -88,6 +94,8 @@ class Context:
     saved: int = 0
     replay: float = 0.0
     fixed: dict[Node, Layout] | None = None
+    prove: Callable[[Sequence[Node], int], str] | None = None
+    stacked: dict[str, dict[str, Layout]] = field(default_factory=dict)
 
     def mutated(self, gm: GraphModule) -> dict[Node, Node]:
         """The last value of each buffer that the forward changes: the graph's last outputs."""
@@ -103,9 +111,26 @@ def collectives(gm: GraphModule) -> Counter[str]:
     return Counter(kind for n in gm.graph.nodes if (kind := graphs.collective(n)))
 
 
+def recognised(captured: Captured) -> GraphModule:
+    """The graph of a capture in its recognised form, on one device and without proof: what a proof looks at."""
+    gm, ctx = captured.gm, Context(MeshShape())
+    gm.meta["constants"] = captured.constants
+    for node in gm.graph.nodes:
+        graphs.set_facts(node)
+    for name, run in FORWARD:
+        if name in ("functionalise", *RECOGNISERS, "separate_experts"):
+            run(gm, ctx)
+    return gm
+
+
 def run_forward(captured: Captured, ctx: Context) -> GraphModule:
-    """Captured graph to distributed forward graph, in place."""
+    """Captured graph to distributed forward graph, in place.
+
+    Raises the refusal of a capture that assumed control flow, unless what was assumed is part of a proven block.
+    """
     gm = captured.gm
+    if captured.model is not None and captured.calls is not None:
+        ctx.prove = Prover(captured.model, captured, recognised)
     for node in gm.graph.nodes:
         graphs.set_facts(node)
     if ctx.decided is not None:
@@ -121,6 +146,10 @@ def run_forward(captured: Captured, ctx: Context) -> GraphModule:
             continue
         checked = checked or name == CHECKED_FROM
         run_pass(name, run, gm, ctx)
+        if name == RECOGNISERS[-1] and captured.refusal is not None:
+            if not all(map(ctx.prove.covers, captured.calls.assumed)):
+                why = "; ".join(dict.fromkeys(reason for _, reason in ctx.replicated))
+                raise ValueError(f"{captured.refusal}{'; ' if why else ''}{why}") from captured.refusal
         if name == "functionalise" and ctx.mutations:
             # the last values of buffers are outputs too, so that no pass takes them for dead
             output.args = ((*output.args[0], *ctx.mutations.values()),)
