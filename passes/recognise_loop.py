@@ -68,7 +68,7 @@ def _of_data(node: Node) -> bool:
         if n in seen or isinstance(value, torch.Tensor) and value.is_floating_point():
             continue
         seen.add(n)
-        if n.target in FOUND or (n.op == "call_function" and value.dtype == torch.bool and len(seen) == 1):
+        if n.target in FOUND or (n.op == "call_function" and getattr(value, "dtype", None) == torch.bool and len(seen) == 1):
             return True
         pending.extend(a for a in n.all_input_nodes if n.target in STEPS)
     return False

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os.path
 from collections.abc import Sequence
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tedcompile import graphs
@@ -88,7 +89,8 @@ def run(gm: GraphModule, ctx) -> None:
 
 def _read(graph: Graph, value: Node, number: int, axis: str, like: Node) -> Node:
     """This rank's experts of all; their gradient is zero for the others, for ranks' gradients are summed."""
-    here = graphs.call(graph, aten.arange.default, (number,), like)
+    fake = value.meta["val"].new_empty((number,), dtype=torch.int64)
+    here = graphs.call(graph, aten.arange.default, (number,), like, fake)
     rank = graphs.call(graph, ops.rank.default, (here, axis), like)
     here = graphs.call(graph, aten.add.Tensor, (here, graphs.call(graph, aten.mul.Tensor, (rank, number), like)), like)
     for n in (rank, here, *here.all_input_nodes):

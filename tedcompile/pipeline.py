@@ -27,6 +27,7 @@ from tedcompile.passes import (
     plan_dispatch,
     randomness,
     recognise_loop,
+    recognise_products,
     recognise_sorted,
     separate_experts,
     shard_experts,
@@ -38,6 +39,7 @@ from tedcompile.passes import (
 FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("functionalise", functionalise.run),
     ("recognise_loop", recognise_loop.run),
+    ("recognise_products", recognise_products.run),
     ("recognise_sorted", recognise_sorted.run),
     ("causal_mask", causal_mask.run),
     ("expand_random", randomness.expand),
@@ -51,7 +53,7 @@ FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("separate_experts", separate_experts.run),
     ("randomness", randomness.run),
 ]
-RECOGNISERS = ("recognise_loop", "recognise_sorted")
+RECOGNISERS = ("recognise_loop", "recognise_products", "recognise_sorted")
 CHECKED_FROM = "shard_tensors"
 
 

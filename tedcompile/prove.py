@@ -217,6 +217,6 @@ def _floating(output: Any) -> list[Tensor]:
 def _differs(a: Tensor, b: Tensor, tolerance: float) -> float:
     if a.shape != b.shape:
         return math.inf
-    difference = float((a - b).abs().max()) if a.numel() else 0.0
-    bad = not difference <= tolerance * (1 + float(b.abs().max() if b.numel() else 0))
+    difference = float((a - b).detach().abs().max()) if a.numel() else 0.0
+    bad = not difference <= tolerance * (1 + float(b.detach().abs().max() if b.numel() else 0))
     return (difference if difference == difference else math.inf) if bad else 0.0

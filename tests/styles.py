@@ -34,7 +34,7 @@ class FeedForward(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(H, I), nn.GELU(), nn.Linear(I, H), nn.Dropout(0.0))
+        self.net = nn.Sequential(nn.Linear(H, I), nn.GELU(), nn.Dropout(0.0), nn.Linear(I, H))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
