@@ -176,13 +176,14 @@ class _Block:
         pending, seen = [n], set()
         while pending:
             a = pending.pop()
-            if a in self.entries:
+            if a in self.entries or a in self.done or (a.target in PRODUCTS and _weight(a)):
                 return True
-            if a not in seen and not a.meta.get("weights_only"):
+            if a not in seen and not a.meta.get("weights_only") and a is not self.x:
                 seen.add(a)
                 pending.extend(a.all_input_nodes)
         return False
 
+    x: Node
     entries: set[Node]
 
     def rows_of(self, n: Node) -> Node:
@@ -281,8 +282,8 @@ class _Block:
                 raise Differs(f"{n.name} has no weight of experts")
             (wl, w), (xl, x) = pairs[found[0]], pairs[1 - found[0]]
             weight = self.weight_of(w)
-            inner = [c for c in wl if c in xl and c not in out]
-            outer = [c for c in wl if c not in xl and c in out]
+            inner = [c for c in wl[-2:] if c in xl and c not in out]
+            outer = [c for c in wl[-2:] if c not in xl and c in out]
             if len(inner) != 1 or len(outer) != 1 or out[-1] != outer[0] or xl[-1] != inner[0]:
                 raise Differs(f"{n.name} is an einsum of another form")
             if wl.index(inner[0]) > wl.index(outer[0]):
@@ -446,19 +447,6 @@ class _Dense(_Gathered):
         raise Differs(f"{a.name} is not every token for every expert")
 
     weight_of = _Block.weight_of
-
-    def inside(self, n: Node) -> bool:
-        pending, seen = [n], set()
-        while pending:
-            a = pending.pop()
-            if a in self.entries or a in self.done:
-                return True
-            if a not in seen and not a.meta.get("weights_only") and a is not self.x:
-                seen.add(a)
-                if a.target in PRODUCTS and _weight(a):
-                    return True
-                pending.extend(a.all_input_nodes)
-        return False
 
     def expert_of(self, a: Node) -> tuple[Node, list[int]] | None:
         if not a.meta.get("weights_only"):
