@@ -213,7 +213,7 @@ class Merge:
         if first.target is aten.permute.default:
             return self.add(first.target, (x, [0, *(d % ndim + 1 for d in rest[0])]), first)
         if first.target in VIEWS:
-            return self.add(first.target, (x, [self.experts, *rest[0]]), first)
+            return self.add(aten.reshape.default, (x, [-1, *rest[0]]), first)
         if first.target in (aten.chunk.default, aten.split.Tensor):
             return self.add(first.target, (x, rest[0], up(rest[1] if len(rest) > 1 else 0)), first)
         if first.target is aten.slice.Tensor:
@@ -284,6 +284,11 @@ class Batched(Merge):
         return self.add(aten.reshape.default, (weight, [self.experts, *[1] * missing, *shape(weight)[1:]]))
 
     def matmul(self, rows: Node, weight: Node, first: Node) -> Node:
-        if len(shape(rows)) != 3:
+        size = list(shape(rows))
+        if any(s != 1 for s in size[1:-2]):
             raise Differs(f"{first.name} is a product of more than rows")
-        return self.add(aten.bmm.default, (rows, weight), first)
+        if len(size) == 3:
+            return self.add(aten.bmm.default, (rows, weight), first)
+        flat = self.add(aten.reshape.default, (rows, [size[0], *size[-2:]]), first)
+        y = self.add(aten.bmm.default, (flat, weight), first)
+        return self.add(aten.reshape.default, (y, [*size[:-1], shape(y)[-1]]), first)

@@ -451,14 +451,16 @@ class _Dense(_Gathered):
     def expert_of(self, a: Node) -> tuple[Node, list[int]] | None:
         if not a.meta.get("weights_only"):
             return None
-        size = [s for s in shape(a)]
+        size = list(shape(a))
         at = next((i for i, s in enumerate(size) if s != 1), None)
         if at is None or size[at] != self.experts or at > 1:
             return None
         tail = size[at + 1 :]
         while len(tail) > 1 and tail[0] == 1:
             tail = tail[1:]
-        return self.add(aten.reshape.default, (a, [self.experts, *tail])), tail
+        while a.target in (*RESHAPES, aten.select.int) and a.args[0].meta["val"].numel() == a.meta["val"].numel():
+            a = a.args[0]
+        return (a, tail) if shape(a)[0] == self.experts else None
 
     def foreign(self, a: Node, whole: tuple) -> Node:
         size, E, T = list(shape(a)), self.experts, self.tokens

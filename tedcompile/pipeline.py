@@ -27,6 +27,7 @@ from tedcompile.passes import (
     plan_dispatch,
     randomness,
     recognise_loop,
+    recognise_modules,
     recognise_products,
     recognise_sorted,
     separate_experts,
@@ -39,6 +40,7 @@ from tedcompile.passes import (
 FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("functionalise", functionalise.run),
     ("recognise_loop", recognise_loop.run),
+    ("recognise_modules", recognise_modules.run),
     ("recognise_products", recognise_products.run),
     ("recognise_sorted", recognise_sorted.run),
     ("causal_mask", causal_mask.run),
@@ -53,7 +55,7 @@ FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("separate_experts", separate_experts.run),
     ("randomness", randomness.run),
 ]
-RECOGNISERS = ("recognise_loop", "recognise_products", "recognise_sorted")
+RECOGNISERS = ("recognise_loop", "recognise_modules", "recognise_products", "recognise_sorted")
 CHECKED_FROM = "shard_tensors"
 
 
