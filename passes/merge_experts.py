@@ -29,8 +29,9 @@ class Differs(Exception):
 # ops of rows whose arguments at these positions are dims, counted from the end in both forms
 DIMS: dict[object, tuple[int, ...]] = {
     aten.chunk.default: (2,), aten.split.Tensor: (2,), aten.split_with_sizes.default: (2,), aten.slice.Tensor: (1,),
-    aten.select.int: (1,), aten.softmax.int: (1,), aten.sum.dim_IntList: (1,), aten.mean.dim: (1,), aten.cat.default: (1,),
-    aten.transpose.int: (1, 2), aten.stack.default: (1,), aten.amax.default: (1,), aten.glu.default: (1,),
+    aten.select.int: (1,), aten.softmax.int: (1,), aten.sum.dim_IntList: (1,), aten.mean.dim: (1,),
+    aten.cat.default: (1,), aten.transpose.int: (1, 2), aten.stack.default: (1,), aten.amax.default: (1,),
+    aten.glu.default: (1,),
 }  # fmt: skip
 DEFAULT_DIM = {aten.chunk.default: 0, aten.split.Tensor: 0, aten.split_with_sizes.default: 0, aten.slice.Tensor: 0,
                aten.cat.default: 0, aten.stack.default: 0, aten.glu.default: -1}  # fmt: skip
@@ -42,7 +43,9 @@ VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, ate
 class Merge:
     """Rows of all experts, sorted by expert: (N, ...) for values (n, ...)."""
 
-    def __init__(self, gm: GraphModule, ctx, experts: int, entries: dict[tuple[Node, ...], Callable[[], Node]], like: Node):
+    def __init__(
+        self, gm: GraphModule, ctx, experts: int, entries: dict[tuple[Node, ...], Callable[[], Node]], like: Node
+    ):
         self.graph, self.ctx, self.experts, self.entries, self.like = gm.graph, ctx, experts, entries, like
         self.counts: Node | None = None
         self.rows: Node | None = None
@@ -76,7 +79,9 @@ class Merge:
 
     def merge(self, nodes: tuple[Node, ...]) -> Node:
         first = nodes[0]
-        if any(n.op != "call_function" or n.target is not first.target or len(n.args) != len(first.args) for n in nodes):
+        if any(
+            n.op != "call_function" or n.target is not first.target or len(n.args) != len(first.args) for n in nodes
+        ):
             raise Differs(f"the experts are not the same code at {first.name}")
         if any(n.kwargs != first.kwargs for n in nodes):
             raise Differs(f"{first.name} has other options for each expert")
@@ -88,7 +93,9 @@ class Merge:
             return self.add(target, (self.value(args[0]), dim if dim < 0 else dim - first.meta["val"].dim()), first)
         if target is aten.squeeze.dim:
             dim = args[1][0]
-            return self.add(target, (self.value(args[0]), dim if dim < 0 else dim - args[0][0].meta["val"].dim()), first)
+            return self.add(
+                target, (self.value(args[0]), dim if dim < 0 else dim - args[0][0].meta["val"].dim()), first
+            )
         if target in VIEWS:
             x = self.value(args[0])
             view = self.add(target, (x, self.sizes(args[1], nodes)), first)
@@ -97,12 +104,29 @@ class Merge:
         if target in DIMS:
             return self.with_dims(target, args, first)
         if target in (aten.rms_norm.default, aten.layer_norm.default) and len(args) > 2:
-            x = self.add(target, (self.value(args[0]), args[1][0], *(None,) * (len(args) - 2), *args[4][:1]), first) \
-                if target is aten.layer_norm.default and len(args) > 4 \
-                else self.add(target, (self.value(args[0]), args[1][0], None, *(a[0] for a in args[3 if target is aten.rms_norm.default else 4:])), first) \
-                if target is aten.rms_norm.default else self.add(target, (self.value(args[0]), args[1][0]), first)
+            x = (
+                self.add(target, (self.value(args[0]), args[1][0], *(None,) * (len(args) - 2), *args[4][:1]), first)
+                if target is aten.layer_norm.default and len(args) > 4
+                else self.add(
+                    target,
+                    (
+                        self.value(args[0]),
+                        args[1][0],
+                        None,
+                        *(a[0] for a in args[3 if target is aten.rms_norm.default else 4 :]),
+                    ),
+                    first,
+                )
+                if target is aten.rms_norm.default
+                else self.add(target, (self.value(args[0]), args[1][0]), first)
+            )
             for position, op in ((2, aten.mul.Tensor), (3, aten.add.Tensor)):
-                if target is aten.rms_norm.default and position == 3 or len(args) <= position or args[position][0] is None:
+                if (
+                    target is aten.rms_norm.default
+                    and position == 3
+                    or len(args) <= position
+                    or args[position][0] is None
+                ):
                     continue
                 x = self.add(op, (x, self.operand(args[position], shape(first))), first)
             return x
@@ -157,7 +181,7 @@ class Merge:
 
     def sizes(self, given: tuple, nodes: tuple[Node, ...]) -> list:
         """The sizes of a view; the number of an expert's rows becomes that of all."""
-        made = []
+        made: list = []
         for each in zip(*given):
             known = isinstance(each[0], int) and not (len(made) == 0 and each == self.numbers)
             if known and any(s != each[0] for s in each):
@@ -194,9 +218,9 @@ class Merge:
             dims, order = {n.args[1] for n in nodes}, [n.args[2] for n in nodes]
             if dims == {0} and order == list(range(self.experts)) and shape(source)[0] == self.experts:
                 return source
-        if nodes[0].target is operator.getitem and source.target is aten.unbind.int:
-            if [n.args[1] for n in nodes] == list(range(self.experts)) and (*source.args, 0)[1] == 0:
-                return source.args[0]
+        unbound = nodes[0].target is operator.getitem and source.target is aten.unbind.int
+        if unbound and (*source.args, 0)[1] == 0 and [n.args[1] for n in nodes] == list(range(self.experts)):
+            return source.args[0]
         return None
 
     def along(self, nodes: tuple[Node, ...]) -> Node:
@@ -209,7 +233,11 @@ class Merge:
         if first.target is aten.t.default:
             return self.add(aten.transpose.int, (x, 1, ndim), first)
         if first.target in (aten.transpose.int, aten.squeeze.dim, aten.select.int):
-            return self.add(first.target, (x, up(rest[0]), *(up(d) if first.target is aten.transpose.int else d for d in rest[1:])), first)
+            return self.add(
+                first.target,
+                (x, up(rest[0]), *(up(d) if first.target is aten.transpose.int else d for d in rest[1:])),
+                first,
+            )
         if first.target is aten.unsqueeze.default:
             return self.add(first.target, (x, up(rest[0])), first)
         if first.target is aten.permute.default:
@@ -220,7 +248,13 @@ class Merge:
             return self.add(first.target, (x, rest[0], up(rest[1] if len(rest) > 1 else 0)), first)
         if first.target is aten.slice.Tensor:
             return self.add(first.target, (x, up(rest[0] if rest else 0), *rest[1:]), first)
-        if first.target in (aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default, operator.getitem):
+        if first.target in (
+            aten.to.dtype,
+            aten._to_copy.default,
+            aten.contiguous.default,
+            aten.clone.default,
+            operator.getitem,
+        ):
             return self.add(first.target, (x, *rest), first)
         raise Differs(f"{first.target} of an expert's weight")
 

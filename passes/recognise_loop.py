@@ -68,7 +68,9 @@ def _of_data(node: Node) -> bool:
         if n in seen or isinstance(value, torch.Tensor) and value.is_floating_point():
             continue
         seen.add(n)
-        if n.target in FOUND or (n.op == "call_function" and getattr(value, "dtype", None) == torch.bool and len(seen) == 1):
+        if n.target in FOUND or (
+            n.op == "call_function" and getattr(value, "dtype", None) == torch.bool and len(seen) == 1
+        ):
             return True
         pending.extend(a for a in n.all_input_nodes if n.target in STEPS)
     return False
@@ -104,7 +106,9 @@ class _Loop:
                 if self.experts == numbers[-1]:
                     raise
         writes = self.find_writes()
-        if self.ctx.prove and (reason := self.ctx.prove([self.index, *self.reads, *(w[1] for w in writes)], self.experts)):
+        if self.ctx.prove and (
+            reason := self.ctx.prove([self.index, *self.reads, *(w[1] for w in writes)], self.experts)
+        ):
             raise Differs(reason)
         self.replace(writes)
 
@@ -298,7 +302,7 @@ class _Loop:
             seen: set[Node] = set()
 
             def walk(n: Node) -> None:
-                if n in seen or n.meta.get("weights_only"):
+                if n in seen or n.meta.get("weights_only"):  # noqa: B023
                     return
                 seen.add(n)  # noqa: B023
                 if self.reads.get(n) is not None:
@@ -330,9 +334,9 @@ class _Loop:
                 source = source.args[0]
             return source if math.prod(shape(source)[:-1]) == self.tokens and len(shape(source)) > 1 else None
         repeats = source.target is aten.repeat_interleave.self_int
-        if repeats and (source.args[2] if len(source.args) > 2 else source.kwargs.get("dim")) == 0:
-            if source.args[1] == self.k and len(shape(source)) == 2:
-                return source.args[0]
+        along = repeats and (source.args[2] if len(source.args) > 2 else source.kwargs.get("dim")) == 0
+        if along and source.args[1] == self.k and len(shape(source)) == 2:
+            return source.args[0]
         return None
 
     def per_slot(self, merge: Merge, group: tuple[Node, ...], index: Node) -> Node:
@@ -347,7 +351,7 @@ class _Loop:
         if len(sources) == 1:
             value = merge.add(aten.reshape.default, (sources[0], [self.tokens, *shape(group[0])[1:]]))
             return merge.add(aten.repeat_interleave.self_int, (value, self.k, 0))
-        rest = shape(sources[0])[1:]
+        rest = list(shape(sources[0])[1:])
         if math.prod(rest) != 1 or len(sources) != self.experts:
             raise Differs(f"{group[0].name} reads wide values of its own for each expert")
         flat = [merge.add(aten.reshape.default, (s, [self.tokens])) for s in (n.args[0] for n in group)]

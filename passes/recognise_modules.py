@@ -139,7 +139,9 @@ def _sum(gm: GraphModule, ctx, node: Node) -> Node | None:
     terms = [t for t in (first, *terms)]
     E = 0
     groups = [_weights(t) for t in terms]
-    while E < len(terms) and len(groups[-1 - E]) == len(groups[-1]) and groups[-1] and shape(terms[-1 - E]) == shape(node):
+    while (
+        len(terms) > E and len(groups[-1 - E]) == len(groups[-1]) and groups[-1] and shape(terms[-1 - E]) == shape(node)
+    ):
         E += 1
     if E < 2 or len({g for g in groups[-E:]}) != E:
         return None
@@ -189,7 +191,9 @@ def _shared(experts: list[Node]) -> Node | None:
             if n in seen or n.meta.get("weights_only"):
                 continue
             seen.add(n)
-            if n.target in (aten.linear.default, aten.matmul.default, aten.mm.default) and n.args[1].meta.get("weights_only"):
+            if n.target in (aten.linear.default, aten.matmul.default, aten.mm.default) and n.args[1].meta.get(
+                "weights_only"
+            ):
                 inputs.add(n.args[0])
             pending.extend(n.all_input_nodes)
         found.append(inputs)
@@ -238,7 +242,13 @@ def _after(node: Node) -> set[Node]:
 
 
 def _bounds(piece: Node) -> list:
-    return list(piece.args[2:4]) if piece.target is aten.slice.Tensor else list(piece.args[0].args[1]) if piece.args[0].target is aten.split_with_sizes.default else [0]
+    return (
+        list(piece.args[2:4])
+        if piece.target is aten.slice.Tensor
+        else list(piece.args[0].args[1])
+        if piece.args[0].target is aten.split_with_sizes.default
+        else [0]
+    )
 
 
 def _counts(pieces: list[Node], source: Node) -> Node | None:
@@ -252,7 +262,11 @@ def _counts(pieces: list[Node], source: Node) -> Node | None:
                 items.append(n)
         else:
             pending.extend(n.all_input_nodes)
-    tensors = {i.args[0].args[0].args[0] for i in items if i.args[0].target is operator.getitem and i.args[0].args[0].target is aten.unbind.int}
+    tensors = {
+        i.args[0].args[0].args[0]
+        for i in items
+        if i.args[0].target is operator.getitem and i.args[0].args[0].target is aten.unbind.int
+    }
     if len(tensors) != 1:
         return None
     (counts,) = tensors

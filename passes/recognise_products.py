@@ -125,9 +125,9 @@ def _fold_einsums(graph) -> None:
     for node in list(graph.nodes):
         if node.target is not aten.einsum.default or len(node.args[1]) < 3:
             continue
-        inputs, out = node.args[0].replace(" ", "").split("->") if "->" in node.args[0] else (None, None)
-        if inputs is None or "." in node.args[0]:
+        if "->" not in node.args[0] or "." in node.args[0]:
             continue
+        inputs, out = node.args[0].replace(" ", "").split("->")
         letters, values = inputs.split(","), list(node.args[1])
         with graph.inserting_before(node):
             while len(values) > 2:
@@ -199,7 +199,7 @@ class _Block:
             raise Differs(f"{n.name} is not made of tokens")
         if target in PRODUCTS:
             return self.product(n)
-        if target in (*RESHAPES, aten.transpose.int, aten.expand.default) :
+        if target in (*RESHAPES, aten.transpose.int, aten.expand.default):
             x = self.rows_of(n.args[0])
             if target is aten.transpose.int and not self.transposes_places(n):
                 raise Differs(f"{n.name} moves the dims of rows")
@@ -220,9 +220,9 @@ class _Block:
         if not pointwise and target not in SAME:
             raise Differs(f"{target} of rows has no form over the rows of all experts")
         rest = self.rest(n) if target is not operator.getitem else []
-        args = tuple(self.operand(a, len(rest), shape(n)) if isinstance(a, Node) and pointwise
+        made = tuple(self.operand(a, len(rest), shape(n)) if isinstance(a, Node) and pointwise
                      else self.rows_of(a) if isinstance(a, Node) else a for a in n.args)  # fmt: skip
-        new = self.gm.graph.call_function(target, args, dict(n.kwargs))
+        new = self.gm.graph.call_function(target, made, dict(n.kwargs))
         new.meta = {k: n.meta[k] for k in graphs.KEPT if k in n.meta}
         new.meta["val"] = graphs.value_of(new)
         graphs.set_facts(new)
@@ -244,7 +244,10 @@ class _Block:
         else:
             x = self.foreign(a, whole)
             tail = list(shape(x))[1:]
-        return self.add(aten.reshape.default, (x, [shape(x)[0], *[1] * (rest - len(tail)), *tail[len(tail) - rest if len(tail) > rest else 0:]]))
+        return self.add(
+            aten.reshape.default,
+            (x, [shape(x)[0], *[1] * (rest - len(tail)), *tail[len(tail) - rest if len(tail) > rest else 0 :]]),
+        )
 
     def expert_of(self, a: Node) -> tuple[Node, list[int]] | None:
         """A per-expert value: the parameter (E, ...) and its sizes behind the experts."""
@@ -359,7 +362,10 @@ class _Gathered(_Block):
         return index is self.index or _source(index) is _source(self.index)  # type: ignore[arg-type]
 
     def weight_of(self, w: Node) -> Node | None:
-        transposed = w.target is aten.transpose.int and {d % len(shape(w)) for d in w.args[1:3]} == {len(shape(w)) - 1, len(shape(w)) - 2}
+        transposed = w.target is aten.transpose.int and {d % len(shape(w)) for d in w.args[1:3]} == {
+            len(shape(w)) - 1,
+            len(shape(w)) - 2,
+        }
         found = _gathered(w.args[0] if transposed else w)
         if found is None or not self.same_index(found[1]) or len(shape(found[0])) != 3:
             return None
@@ -392,7 +398,14 @@ class _Gathered(_Block):
             letters = equation.split("->")[0].split(",")
             out = equation.split("->")[1] if "->" in equation else ""
             la, lb = letters[a], letters[b]
-            if len(la) == 3 and set(lb) == set(la[:2]) and len(lb) == 2 and len(out) == 2 and out[1] == la[2] and out[0] in la[:2]:
+            if (
+                len(la) == 3
+                and set(lb) == set(la[:2])
+                and len(lb) == 2
+                and len(out) == 2
+                and out[1] == la[2]
+                and out[0] in la[:2]
+            ):
                 return x, y, la, lb, out
         return None
 
@@ -418,7 +431,9 @@ class _Dense(_Gathered):
         self.scale = None
         if x.target is aten.mul.Tensor:  # scores before the experts
             inner = [a for a in x.args if isinstance(a, Node) and _source(a) is not a]
-            x = next((_source(a) for a in inner if shape(_source(a))[-1] == shape(x)[-1] and len(shape(_source(a))) > 1), x)
+            x = next(
+                (_source(a) for a in inner if shape(_source(a))[-1] == shape(x)[-1] and len(shape(_source(a))) > 1), x
+            )
         self.x = x
         self.tokens = math.prod(shape(x)[:-1])
         self.k = self.experts
@@ -436,15 +451,21 @@ class _Dense(_Gathered):
     def copies(self, n: Node) -> bool:
         """A value (E, T, H) or (E*T, H) that holds every token for every expert."""
         size = shape(n)
-        return size[-1] == shape(self.x)[-1] and math.prod(size[:-1]) == self.slots and _is_copy(
-            n, self.x, torch.arange(self.tokens).repeat(self.experts)
+        return (
+            size[-1] == shape(self.x)[-1]
+            and math.prod(size[:-1]) == self.slots
+            and _is_copy(n, self.x, torch.arange(self.tokens).repeat(self.experts))
         )
 
     def convert(self, n: Node) -> Node:
         return self.rows if n in self.entries else super().convert(n)
 
     def entry(self, a: Node, n: Node) -> Node:
-        if a in self.entries or a is self.x or (_source(a) is self.x and _is_copy(a, self.x, torch.arange(self.tokens))):
+        if (
+            a in self.entries
+            or a is self.x
+            or (_source(a) is self.x and _is_copy(a, self.x, torch.arange(self.tokens)))
+        ):
             return self.rows
         raise Differs(f"{a.name} is not every token for every expert")
 
@@ -535,7 +556,9 @@ class _OneHot(_Dense):
                     return n.args[1][i], n.args[1][1 - i]
         if n.target in (aten.matmul.default, aten.mm.default):
             a, x = n.args
-            transposed = a.target is aten.t.default or (a.target is aten.transpose.int and {d % 2 for d in a.args[1:3]} == {0, 1})
+            transposed = a.target is aten.t.default or (
+                a.target is aten.transpose.int and {d % 2 for d in a.args[1:3]} == {0, 1}
+            )
             if transposed and len(shape(x)) == 2:
                 return a.args[0], x
         raise Differs(f"{n.name} does not put tokens into places of experts")
@@ -574,9 +597,9 @@ def _most(dispatch: Node, tokens: int, experts: int, capacity: int) -> int:
         seen: set[Node] = set()
 
         def guess(n: Node) -> None:
-            if n in seen:
+            if n in seen:  # noqa: B023
                 return
-            seen.add(n)
+            seen.add(n)  # noqa: B023
             value = n.meta.get("val")
             cut = n.op == "placeholder" or n.target in (aten.linear.default, aten.mm.default, aten.matmul.default)
             if cut and isinstance(value, torch.Tensor):

@@ -20,7 +20,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tedcompile import graphs
-from tedcompile.layouts import R, S, aten, shape
+from tedcompile.layouts import R, S, aten
 from tedcompile.ops import ops
 
 

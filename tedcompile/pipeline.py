@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from tedcompile.machines import Machine
 from tedcompile.mesh import MeshShape
 from tedcompile.ops import ops
 from tedcompile.options import Options
-from tedcompile.prove import Prover
 from tedcompile.passes import (
     causal_mask,
     check,
@@ -36,6 +35,7 @@ from tedcompile.passes import (
     simplify_collectives,
     sum_buffers,
 )
+from tedcompile.prove import Prover
 
 FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("functionalise", functionalise.run),
@@ -98,7 +98,7 @@ class Context:
     saved: int = 0
     replay: float = 0.0
     fixed: dict[Node, Layout] | None = None
-    prove: Callable[[Sequence[Node], int], str] | None = None
+    prove: Prover | None = None
     stacked: dict[str, dict[str, Layout]] = field(default_factory=dict)
 
     def mutated(self, gm: GraphModule) -> dict[Node, Node]:
@@ -127,6 +127,12 @@ def recognised(captured: Captured) -> GraphModule:
     return gm
 
 
+def _licensed(captured: Captured, ctx: Context) -> bool:
+    """Whether every module in which control flow was assumed is part of a proven block."""
+    assert captured.calls is not None
+    return ctx.prove is not None and all(map(ctx.prove.covers, captured.calls.assumed))
+
+
 def run_forward(captured: Captured, ctx: Context) -> GraphModule:
     """Captured graph to distributed forward graph, in place.
 
@@ -150,10 +156,9 @@ def run_forward(captured: Captured, ctx: Context) -> GraphModule:
             continue
         checked = checked or name == CHECKED_FROM
         run_pass(name, run, gm, ctx)
-        if name == RECOGNISERS[-1] and captured.refusal is not None:
-            if not all(map(ctx.prove.covers, captured.calls.assumed)):
-                why = "; ".join(dict.fromkeys(reason for _, reason in ctx.replicated))
-                raise ValueError(f"{captured.refusal}{'; ' if why else ''}{why}") from captured.refusal
+        if name == RECOGNISERS[-1] and captured.refusal is not None and not _licensed(captured, ctx):
+            why = "; ".join(dict.fromkeys(reason for _, reason in ctx.replicated))
+            raise ValueError(f"{captured.refusal}{'; ' if why else ''}{why}") from captured.refusal
         if name == "functionalise" and ctx.mutations:
             # the last values of buffers are outputs too, so that no pass takes them for dead
             output.args = ((*output.args[0], *ctx.mutations.values()),)

@@ -33,7 +33,9 @@ class Prover:
     """Proves blocks of one captured model; equal modules once. `recognise` makes the recognised graph of a capture."""
 
     def __init__(self, model: nn.Module, captured: Captured, recognise: Callable[[Captured], GraphModule]):
+        assert captured.calls is not None
         self.model, self.captured, self.recognise = model, captured, recognise
+        self.made = captured.calls.made
         self.verdicts: dict[Any, str] = {}
         self.proven: set[str] = set()
 
@@ -41,7 +43,7 @@ class Prover:
         """Why the block of these nodes must stay as it is; empty where it is proven."""
         path = self.holder([module_path(n) for n in nodes])
         module = self.model.get_submodule(path)
-        args, kwargs = self.captured.calls.made.get(path, ((), {})) if path else ((), self.whole())
+        args, kwargs = self.made.get(path, ((), {})) if path else ((), self.whole())
         key = (_facts(module), str(pytree.tree_map(_fact, (args, kwargs))), experts)
         if key not in self.verdicts:
             self.verdicts[key] = self.prove(module, args, kwargs, experts)
@@ -62,7 +64,7 @@ class Prover:
             if len(set(names)) > 1:
                 break
             common.append(names[0])
-        while common and ".".join(common) not in self.captured.calls.made:
+        while common and ".".join(common) not in self.made:
             common.pop()
         return ".".join(common)
 

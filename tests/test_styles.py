@@ -60,18 +60,21 @@ def wrong_score(monkeypatch):
 
     def other(merge, y, perm, order):
         out = combine(merge, y, perm, order)
-        out.args = (*out.args[:3], merge.add(flip, (out.args[3], [1])))
-        return out
+        y, perm, order, weights = out.args
+        return merge.add(out.target, (y, perm, order, merge.add(flip, (weights, [1]))))
 
     monkeypatch.setattr(recognise_loop, "_combine", other)
 
 
 def forget_idle(monkeypatch):
     """A recogniser that is right only where every expert has rows."""
-    add = Merge.spread
-    monkeypatch.setattr(Merge, "spread", lambda self, w, d: self.add(torch.ops.aten.mul.Tensor, (
-        add(self, w, d), self.add(torch.ops.aten.clamp.default, (self.add(torch.ops.aten.min.default, (self.counts,)), 0, 1)),
-    )))  # fmt: skip
+    spread, aten = Merge.spread, torch.ops.aten
+
+    def other(self, weight, dims):
+        reached = self.add(aten.clamp.default, (self.add(aten.min.default, (self.counts,)), 0, 1))
+        return self.add(aten.mul.Tensor, (spread(self, weight, dims), reached))
+
+    monkeypatch.setattr(Merge, "spread", other)
 
 
 @pytest.mark.parametrize("mutate, style, word", [
