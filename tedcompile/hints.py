@@ -39,33 +39,30 @@ class Calls:
     """What each module is first called with, and which one runs; by path."""
 
     def __init__(self, model: torch.nn.Module):
-        # under export a module may be a proxy, which shares its __dict__
-        self.names = {id(m.__dict__): n for n, m in model.named_modules()}
+        self.modules = {n: m for n, m in model.named_modules() if n}
         self.made: dict[str, tuple[tuple, dict]] = {}
         self.running: list[str] = [""]
         self.assumed: set[str] = set()
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        original = torch.nn.Module.__call__
-        calls = self
+        hooks: list[Any] = []
+        for name, module in self.modules.items():
 
-        def call(self, *args, **kwargs):
-            name = calls.names.get(id(self.__dict__))
-            if name is None:
-                return original(self, *args, **kwargs)
-            calls.made.setdefault(name, (args, kwargs))
-            calls.running.append(name)
-            try:
-                return original(self, *args, **kwargs)
-            finally:
-                calls.running.pop()
+            def enter(_, args, kwargs, name=name):
+                self.made.setdefault(name, (args, kwargs))
+                self.running.append(name)
 
-        torch.nn.Module.__call__ = call  # type: ignore[method-assign]
+            def leave(*_):
+                self.running.pop()
+
+            hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            hooks.append(module.register_forward_hook(leave, always_call=True))
         try:
             yield
         finally:
-            torch.nn.Module.__call__ = original  # type: ignore[method-assign]
+            for hook in hooks:
+                hook.remove()
 
 
 class Assumed(torch.overrides.TorchFunctionMode):

@@ -111,6 +111,28 @@ def test_an_assumption_that_does_not_hold_is_refused():
         recognised(randomised(Twice()))
 
 
+class Layers(nn.Module):
+    """Two equal blocks inside a model, with control flow."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([styles.LoopContinue(), styles.LoopContinue()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_the_block_is_proven_and_equal_blocks_once():
+    captured = capture(randomised(Layers()).double(), batches(1)[0])
+    assert captured.calls.assumed == {"layers.0", "layers.1"}
+    ctx = pipeline.Context(MeshShape())
+    gm = pipeline.run_forward(captured, ctx)
+    assert ctx.prove.proven == {"layers.0", "layers.1"} and list(ctx.prove.verdicts.values()) == [""]
+    assert targets(gm).count("ted::permute") == 2
+
+
 class Unequal(styles.LoopWhere):
     def __init__(self):
         super().__init__()
