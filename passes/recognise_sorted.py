@@ -36,7 +36,7 @@ def run(gm: GraphModule, ctx) -> None:
         if node.target is not ops.grouped_mm.default or node.args[2] in done or _canonical(node.args[2]):
             continue
         done.add(node.args[2])
-        reason = _Block(gm, node).rewrite()
+        reason = _Block(gm, node).rewrite(ctx)
         if reason:
             at = source_line(node) or module_path(node)
             ctx.replicated.append((node, f"the grouped product at {at} is not a dispatch to experts: {reason}"))
@@ -64,7 +64,7 @@ class _Block:
         self.gm, self.node = gm, node
         self.rows, self.experts = shape(node.args[0])[0], shape(node.args[1])[0]
 
-    def rewrite(self) -> str:
+    def rewrite(self, ctx) -> str:
         index = self.routing()
         if index is None:
             return "its group sizes do not come from a choice of experts alone"
@@ -74,6 +74,8 @@ class _Block:
         tokens = [n for n in self.readers(roles, "token", 0) if len(shape(n.args[0])) == 2]
         if not tokens:
             return "its rows are not tokens taken in the order of their experts"
+        if ctx.prove and (reason := ctx.prove([index, tokens[0], self.node], self.experts)):
+            return reason
         return self.replace(index, tokens[0], roles)
 
     def routing(self) -> Node | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import re
 import traceback
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from torch.fx import GraphModule, Node
 
 from tedcompile import compat, frontends
 from tedcompile.functions import find_hooks, keep_functions
+from tedcompile.hints import Assumed, Calls
 from tedcompile.ops import ops
 
 aten = torch.ops.aten
@@ -36,6 +38,10 @@ class Captured:
     constants: dict[str, torch.Tensor]
     inputs: list[Any]  # the flattened example inputs: fakes and constants
     mutations: dict[Node, Node] = field(default_factory=dict)
+    calls: Calls | None = None  # what each module was called with, and in which of them control flow was assumed
+    refusal: Exception | None = None  # why the forward has no graph without assumptions
+    model: torch.nn.Module | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)  # the arguments, as fakes
 
 
 def bind(forward, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -64,6 +70,7 @@ def fake_weights(model: torch.nn.Module, mode) -> Iterator[None]:
                 if id(value) not in fakes:
                     with mode:
                         fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                    compat.set_example(fake, None)
                     if isinstance(value, torch.nn.Parameter):
                         fake = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
                     fakes[id(value)] = fake
@@ -111,13 +118,37 @@ def capture(model: torch.nn.Module, kwargs: dict[str, Any]) -> Captured:
     Raises ValueError that names the user's source line when the forward depends on data in a way no graph can hold.
     """
     find_hooks(model)
-    mode = compat.FakeTensorMode(shape_env=compat.ShapeEnv(), allow_non_fake_inputs=True)
+    try:
+        return _capture(model, kwargs)
+    except ValueError as error:
+        if DATA_DEPENDENT not in str(error):
+            raise
+        try:
+            captured = _capture(model, kwargs, assume=True)
+        except Exception:  # what could not be assumed says less than what could not be captured
+            raise error from None
+        captured.refusal = error
+        return captured
+
+
+def _capture(model: torch.nn.Module, kwargs: dict[str, Any], assume: bool = False) -> Captured:
+    calls = Calls(model)
+    hinted = compat.hinted_export(lambda: calls.assumed.add(calls.running[-1])) if assume else contextlib.nullcontext()
+    with hinted as mode:
+        mode = mode or compat.FakeTensorMode(shape_env=compat.ShapeEnv(), allow_non_fake_inputs=True)
+        return _export(model, kwargs, mode, calls, assume)
+
+
+def _export(model: torch.nn.Module, kwargs: dict[str, Any], mode, calls: Calls, assume: bool) -> Captured:
 
     def fake(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         with mode:
-            return torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
+            fake = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
+        integers = assume and leaf.dim() and not leaf.is_floating_point() and leaf.dtype != torch.bool
+        compat.set_example(fake, torch.arange(leaf.numel(), dtype=leaf.dtype).reshape(leaf.shape) if integers else None)
+        return fake
 
     leaves, spec = pytree.tree_flatten(kwargs)
     inputs = [fake(leaf) for leaf in leaves]
@@ -125,7 +156,7 @@ def capture(model: torch.nn.Module, kwargs: dict[str, Any]) -> Captured:
     try:
         with (
             frontends.prepared(model), fake_weights(model, mode), _own_hooks_off(model), keep_functions(),
-            _GroupedProducts(), mode,
+            calls.watch(), _GroupedProducts(), Assumed() if assume else contextlib.nullcontext(), _quiet(), mode,
         ):  # fmt: skip
             program = torch.export.export(model, (), fake_kwargs, strict=False)
     except Exception as error:
@@ -146,7 +177,19 @@ def capture(model: torch.nn.Module, kwargs: dict[str, Any]) -> Captured:
             gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
-    return Captured(gm, program.call_spec.out_spec, constants, inputs)
+    return Captured(gm, program.call_spec.out_spec, constants, inputs, calls=calls, model=model, kwargs=fake_kwargs)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch prints the graph so far, and each question about data, where we answer in one sentence."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _set_roles(gm: GraphModule, program) -> dict[str, torch.Tensor]:
@@ -222,6 +265,9 @@ def layer_of(path: str) -> str:
     return found[1] if found else ""
 
 
+DATA_DEPENDENT = "control flow or a size depends on the values of tensors"
+
+
 def _explained(error: Exception, model: torch.nn.Module) -> Exception:
     if (
         isinstance(error, (ValueError, TypeError))
@@ -237,7 +283,7 @@ def _explained(error: Exception, model: torch.nn.Module) -> Exception:
         type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException")
         or "data-dependent" in text
     ):
-        cause = "control flow or a size depends on the values of tensors; use torch.where, or a mask, instead"
+        cause = f"{DATA_DEPENDENT}; use torch.where, or a mask, instead"
     else:
         cause = f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else 'no message'}"
     return ValueError(f"{type(model).__name__} cannot be captured: {where}: {cause}")

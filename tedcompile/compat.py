@@ -2,26 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import time
-from collections.abc import Callable
+import unittest.mock
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._export import non_strict_utils
 from torch._functorch.aot_autograd import (  # noqa: F401
     aot_compile_joint_with_descriptors,
     aot_export_joint_with_descriptors,
 )
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: F401
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+@contextlib.contextmanager
+def hinted_export(note: Callable[[], None]) -> Iterator[FakeTensorMode]:
+    """torch.export on fakes that may carry examples (`set_example`), which ops on them carry on.
+
+    A question about the values of tensors is answered as the examples would, and reported by a call of `note`.
+    """
+
+    class HintedShapeEnv(ShapeEnv):
+        def _log_real_tensor_propagation(self, *_: Any) -> None:
+            note()
+
+    class HintedMode(FakeTensorMode):
+        def __init__(self, **options: Any):
+            super().__init__(**options)
+            self.propagate_real_tensors, self.cache_enabled = True, False
+
+    with unittest.mock.patch.multiple(non_strict_utils, FakeTensorMode=HintedMode, ShapeEnv=HintedShapeEnv):
+        yield HintedMode(shape_env=HintedShapeEnv(), allow_non_fake_inputs=True)
+
+
+def no_modes():
+    """Real tensors, and no trace of what is done with them, also inside a capture."""
+    return _disable_current_modes()
+
+
+def example_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    return getattr(tensor, "real_tensor", None)
+
+
+def set_example(tensor: torch.Tensor, value: torch.Tensor | None) -> None:
+    if isinstance(tensor, FakeTensor):
+        tensor.real_tensor = value
 
 
 def compile_fx_inner(*args, deterministic: bool = False, ordered: bool = False, **kwargs):

@@ -19,7 +19,7 @@ KINDS = {
     "all_reduce": "all_reduce", "all_max": "all_reduce", "gather": "all_gather", "exchange_counts": "all_to_all",
     "all_to_all": "all_to_all", "all_to_all_like": "all_to_all", "gather_enter": "all_gather",
     "reduce_scatter": "reduce_scatter", "gather_rows": "all_gather", "gather_rows_like": "all_gather",
-    "scatter_rows": "reduce_scatter",
+    "scatter_rows": "reduce_scatter", "own_experts": "all_to_all", "part_of_experts": "all_to_all",
 }  # fmt: skip
 
 KEPT = ("nn_module_stack", "stack_trace", "autocast", "pinned")
@@ -27,7 +27,7 @@ KEPT = ("nn_module_stack", "stack_trace", "autocast", "pinned")
 
 # moves between layouts, which change where a value is and not what it is
 PLACES = {ops.slice.default, ops.gather.default, ops.gather_enter.default, ops.reduce_scatter.default,
-          ops.gather_rows.default, ops.scatter_rows.default}  # fmt: skip
+          ops.gather_rows.default, ops.scatter_rows.default, ops.own_experts.default}  # fmt: skip
 
 # ops whose number of rows depends on data, and which of several results has them
 RAGGED = {ops.all_to_all.default: 0, ops.select.default: 0, ops.gather_rows.default: 0, ops.route_some.default: 2}
@@ -150,6 +150,25 @@ def forward_nodes(graph: Graph, outputs: int | None = None) -> dict[Node, None]:
             made.add(node)
             pending += node.all_input_nodes
     return {n: None for n in graph.nodes if n in made}
+
+
+def join_equal(graph: Graph) -> None:
+    """What a functional graph computes twice, it computes once; random numbers are drawn as often as before."""
+    seen: dict[tuple, Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        key = (node.target, repr(node.args), repr(node.kwargs))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+        else:
+            seen[key] = node
+
+
+def erase_unused(graph: Graph) -> None:
+    """Dead code of a functional graph, random ops and reads of sizes too."""
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
 
 
 class Unknown(Exception):

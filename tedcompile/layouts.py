@@ -1046,6 +1046,15 @@ def _regroup(c: Call) -> Any:
     return (D, D) if c.layout(c.node.args[0]) == D else (R, R)
 
 
+@rule(ops.own_experts.default)
+def _own_experts(c: Call) -> Layout:
+    x, dim, _, axis = c.node.args
+    if axis != "tp":
+        return c.layout(x)
+    c.need(x, S(dim))
+    return S(0)
+
+
 # ---- moves: what the verifier reads ---------------------------------------------------------------------------------
 
 

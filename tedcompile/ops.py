@@ -782,6 +782,37 @@ def regroup(received, rows):
     return order, torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
 
 
+@define(
+    "own_experts(Tensor x, int dim, int size, str axis) -> Tensor",
+    lambda x, dim, size, axis: x.new_empty(
+        tuple(s // size if i == 0 else s * size if i == dim else s for i, s in enumerate(x.shape))
+    ),
+    (
+        _keep("dim", "size", "axis"),
+        lambda ctx, g: (ops.part_of_experts(g, ctx.dim, ctx.size, ctx.axis), None, None, None),
+    ),
+)
+def own_experts(x, dim, size, axis):
+    """x: S(dim) of all E experts -> S(0): E/size experts whole. An all-to-all; VJP: `part_of_experts`."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous(), group=group_of(axis))
+    return torch.cat(out.chunk(size, 0), dim)
+
+
+@define(
+    "part_of_experts(Tensor x, int dim, int size, str axis) -> Tensor",
+    lambda x, dim, size, axis: x.new_empty(
+        tuple(s * size if i == 0 else s // size if i == dim else s for i, s in enumerate(x.shape))
+    ),
+)
+def part_of_experts(x, dim, size, axis):
+    """The inverse of `own_experts`."""
+    sent = torch.cat(x.chunk(size, dim), 0)
+    out = torch.empty_like(sent)
+    dist.all_to_all_single(out, sent, group=group_of(axis))
+    return out
+
+
 # ---- sums in one order ----------------------------------------------------------------------------------------------
 
 

@@ -26,15 +26,23 @@ from tedcompile.passes import (
     gather_parameters,
     plan_dispatch,
     randomness,
+    recognise_loop,
+    recognise_modules,
+    recognise_products,
     recognise_sorted,
+    separate_experts,
     shard_experts,
     shard_tensors,
     simplify_collectives,
     sum_buffers,
 )
+from tedcompile.prove import Prover
 
 FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("functionalise", functionalise.run),
+    ("recognise_loop", recognise_loop.run),
+    ("recognise_modules", recognise_modules.run),
+    ("recognise_products", recognise_products.run),
     ("recognise_sorted", recognise_sorted.run),
     ("causal_mask", causal_mask.run),
     ("expand_random", randomness.expand),
@@ -45,8 +53,10 @@ FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("simplify_collectives", simplify_collectives.run),
     ("dispatch_tokens", dispatch_tokens.run),
     ("shard_experts", shard_experts.run),
+    ("separate_experts", separate_experts.run),
     ("randomness", randomness.run),
 ]
+RECOGNISERS = ("recognise_loop", "recognise_modules", "recognise_products", "recognise_sorted")
 CHECKED_FROM = "shard_tensors"
 
 
@@ -90,6 +100,8 @@ class Context:
     saved: int = 0
     replay: float = 0.0
     fixed: dict[Node, Layout] | None = None
+    prove: Prover | None = None
+    stacked: dict[str, dict[str, Layout]] = field(default_factory=dict)
 
     def mutated(self, gm: GraphModule) -> dict[Node, Node]:
         """The last value of each buffer that the forward changes: the graph's last outputs."""
@@ -113,9 +125,32 @@ def collectives(gm: GraphModule) -> Counter[str]:
     return Counter(kind for n in gm.graph.nodes if (kind := graphs.collective(n)))
 
 
+def recognised(captured: Captured) -> GraphModule:
+    """The graph of a capture in its recognised form, on one device and without proof: what a proof looks at."""
+    gm, ctx = captured.gm, Context(MeshShape())
+    gm.meta["constants"] = captured.constants
+    for node in gm.graph.nodes:
+        graphs.set_facts(node)
+    for name, run in FORWARD:
+        if name in ("functionalise", *RECOGNISERS, "separate_experts"):
+            run(gm, ctx)
+    return gm
+
+
+def _licensed(captured: Captured, ctx: Context) -> bool:
+    """Whether every module in which control flow was assumed is part of a proven block."""
+    assert captured.calls is not None
+    return ctx.prove is not None and all(map(ctx.prove.covers, captured.calls.assumed))
+
+
 def run_forward(captured: Captured, ctx: Context) -> GraphModule:
-    """Captured graph to distributed forward graph, in place."""
+    """Captured graph to distributed forward graph, in place.
+
+    Raises the refusal of a capture that assumed control flow, unless what was assumed is part of a proven block.
+    """
     gm = captured.gm
+    if captured.model is not None and captured.calls is not None:
+        ctx.prove = Prover(captured.model, captured, recognised)
     for node in gm.graph.nodes:
         graphs.set_facts(node)
     if ctx.decided is not None:
@@ -131,6 +166,9 @@ def run_forward(captured: Captured, ctx: Context) -> GraphModule:
             continue
         checked = checked or name == CHECKED_FROM
         run_pass(name, run, gm, ctx)
+        if name == RECOGNISERS[-1] and captured.refusal is not None and not _licensed(captured, ctx):
+            why = "; ".join(dict.fromkeys(reason for _, reason in ctx.replicated))
+            raise ValueError(f"{captured.refusal}{'; ' if why else ''}{why}") from captured.refusal
         if name == "functionalise" and ctx.mutations:
             # the last values of buffers are outputs too, so that no pass takes them for dead
             output.args = ((*output.args[0], *ctx.mutations.values()),)

@@ -144,6 +144,14 @@ def _own_sums(xs, sizes, lengths):
     return [_padded(part, n) for part, n in zip(sum(xs).split(sizes), lengths)]
 
 
+def _own_experts(xs, dim, size, axis):
+    return [torch.cat([x.chunk(size, 0)[r] for x in xs], dim) for r in range(size)]
+
+
+def _parts_of_experts(gs, dim, size, axis):
+    return [torch.cat([g.chunk(size, dim)[r] for g in gs], 0) for r in range(size)]
+
+
 COLLECTIVES = {
     ops.enter.default: _joint(lambda xs, *_: xs, _total),
     ops.all_reduce.default: _joint(_total, lambda gs, *_: gs),
@@ -152,6 +160,7 @@ COLLECTIVES = {
     ops.gather.default: _joint(_whole, _split),
     ops.gather_enter.default: _joint(_whole, _scattered),
     ops.reduce_scatter.default: _joint(_scattered, _whole),
+    ops.own_experts.default: _joint(_own_experts, _parts_of_experts),
 }
 TRAVEL = _joint(_travel, lambda gs, splits, lengths, sent: _travel(gs, [s.flip(0) for s in splits], sent))
 GATHER_ROWS, SCATTER_ROWS = _joint(_all_rows, _own_sums), _joint(_own_sums, _all_rows)

@@ -1,0 +1,374 @@
+"""A loop over experts, each on the tokens that chose it, becomes the canonical MoE ops.
+
+What a user writes (x (T, H), weights and index (T, K) from a top-k):
+
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(experts):
+        token, slot = torch.where(index == e)                    # or a boolean mask
+        out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])     # or out[token] += ...
+
+After:  rows, counts, perm, order = permute(x, index);  y = expert(rows), with grouped_mm;  unpermute(y, perm, ...)
+
+There are many ways to write the positions, so they are not matched: they are evaluated on routings that reach every
+expert, and must be, on each, those of the tokens (or slots) of one expert, in one order for all that enters and leaves.
+The experts' code is merged by `merge_experts`. A loop that is anything else stays as written.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tedcompile import graphs
+from tedcompile.capture import module_path, source_line
+from tedcompile.layouts import aten, shape
+from tedcompile.ops import ops
+from tedcompile.passes.merge_experts import Differs, Merge
+from tedcompile.passes.recognise_sorted import _static, _zeros
+
+READS = {aten.index.Tensor, aten.index_select.default}
+WRITES = {aten.index_add.default, aten.index_put.default}
+FOUND = {aten.nonzero.default, aten.nonzero_numpy.default, aten.where.default}
+STEPS = {operator.getitem, aten.select.int, aten.squeeze.dim, aten.squeeze.default, aten.view.default,
+         aten.reshape.default, aten.unbind.int, aten.flatten.using_ints}  # fmt: skip
+EMPTY = {aten.empty_like.default, aten.empty.memory_format, aten.new_empty.default}
+
+
+def run(gm: GraphModule, ctx) -> None:
+    if not any(n.target in READS and _of_data(n) for n in gm.graph.nodes):
+        return
+    graphs.join_equal(gm.graph)
+    tried: set[Node] = set()
+    while True:
+        node = next((n for n in gm.graph.nodes if n.target in READS and n not in tried and _of_data(n)), None)
+        if node is None:
+            break
+        loop = _Loop(gm, ctx, node)
+        try:
+            loop.rewrite()
+        except Differs as error:
+            at = source_line(node) or module_path(node)
+            ctx.replicated.append((node, f"the loop at {at} is not one over experts: {error}"))
+            tried |= {node, *loop.reads}
+        graphs.erase_unused(gm.graph)
+
+
+def _of_data(node: Node) -> bool:
+    """Whether a read takes the rows that a mask, or the positions where something holds, say."""
+    if not isinstance(node.meta.get("val"), torch.Tensor) or not node.meta["val"].is_floating_point():
+        return False
+    pending, seen = _positions(node), set()
+    while pending:
+        n = pending.pop()
+        value = n.meta.get("val")
+        if n in seen or isinstance(value, torch.Tensor) and value.is_floating_point():
+            continue
+        seen.add(n)
+        if n.target in FOUND or (
+            n.op == "call_function" and getattr(value, "dtype", None) == torch.bool and len(seen) == 1
+        ):
+            return True
+        pending.extend(a for a in n.all_input_nodes if n.target in STEPS)
+    return False
+
+
+def _positions(node: Node) -> list[Node]:
+    if node.target in (aten.index_select.default, aten.index_add.default):
+        return [node.args[2]]
+    return [i for i in node.args[1] if i is not None]
+
+
+class _Loop:
+    """One loop, found from the first read of some expert's tokens."""
+
+    def __init__(self, gm: GraphModule, ctx, node: Node):
+        self.gm, self.ctx, self.node = gm, ctx, node
+        self.reads: dict[Node, int] = {}  # the expert of each read
+        self.order: dict[int, list[list[int]]] = {}  # the slots of each expert's rows, by trial
+        self.kind: dict[Node, str] = {}
+
+    def rewrite(self) -> None:
+        self.index = self.choice()
+        tokens = shape(self.index)
+        self.k = tokens[-1] if len(tokens) > 1 else 1
+        self.tokens = math.prod(tokens) // self.k
+        numbers = self.numbers()
+        for self.experts in numbers:
+            try:
+                self.trials = [self.trial(seed) for seed in range(4)]
+                self.find_reads()
+                break
+            except Differs:
+                if self.experts == numbers[-1]:
+                    raise
+        writes = self.find_writes()
+        if self.ctx.prove and (
+            reason := self.ctx.prove([self.index, *self.reads, *(w[1] for w in writes)], self.experts)
+        ):
+            raise Differs(reason)
+        self.replace(writes)
+
+    def choice(self) -> Node:
+        """The nearest integer value made of floating ones, or given: which experts each token goes to."""
+        pending, seen = list(_positions(self.node)), set()
+        while pending:
+            n = pending.pop(0)
+            value = n.meta.get("val")
+            if n in seen:
+                continue
+            seen.add(n)
+            if not isinstance(value, torch.Tensor) or not _static(value):
+                pending.extend(n.all_input_nodes)
+                continue
+            source = n.args[0] if n.target is operator.getitem else n
+            made_of = [a.meta["val"] for a in source.all_input_nodes if isinstance(a.meta["val"], torch.Tensor)]
+            integer = not value.is_floating_point() and value.dtype != torch.bool and value.numel() > 1
+            if integer and (n.op == "placeholder" or any(v.is_floating_point() for v in made_of)):
+                return n
+            pending.extend(n.all_input_nodes)
+        raise Differs("its tokens do not come from a choice of experts")
+
+    def numbers(self) -> list[int]:
+        """How many experts there may be: so many times the loop reads the same value."""
+        counts = Counter(n.args[0] for n in self.gm.graph.nodes if n.target in READS and _of_data(n))
+        found = sorted({c for c in counts.values() if c > 1})
+        if not found:
+            raise Differs("nothing is read by more than one expert")
+        return found
+
+    def trial(self, seed: int) -> dict[Node, torch.Tensor]:
+        """A routing that reaches every expert; a token's experts are different."""
+        generator = torch.Generator().manual_seed(seed)
+        each = -(-self.experts // self.k)  # tokens that reach every expert, in a row
+        base = torch.arange(each * self.k).reshape(each, self.k) % self.experts
+        more = torch.rand(max(self.tokens - each, 0), self.experts, generator=generator).argsort(1)[:, : self.k]
+        base = torch.cat([base, more])[: self.tokens]
+        if self.tokens * self.k < self.experts:
+            raise Differs(f"the example inputs have {self.tokens} tokens, too few to reach {self.experts} experts")
+        relabel = torch.randperm(self.experts, generator=generator)
+        base = relabel[base[torch.randperm(self.tokens, generator=generator)]]
+        return {self.index: base.reshape(shape(self.index)).to(self.index.meta["val"].dtype)}
+
+    def slots(self, node: Node) -> tuple[int, list[list[int]], str] | None:
+        """The expert of a read or write, the slots of its rows on each trial, and whether it is of tokens or slots."""
+        kind, flats, experts = "", [], set(range(self.experts))
+        for values in self.trials:
+            index = values[self.index].reshape(self.tokens, self.k)
+            try:
+                found = [graphs.evaluate(p, values) for p in _positions(node)]
+            except (graphs.Unknown, RuntimeError, IndexError):
+                return None
+            parts: list[torch.Tensor] = []
+            for f in found:
+                parts.extend(f.nonzero().unbind(1) if f.dtype == torch.bool else [f.reshape(-1)])
+            dims = self.lead(node, len(parts))
+            if dims is None or math.prod(dims) not in (self.tokens, self.tokens * self.k):
+                return None
+            flat = torch.zeros_like(parts[0])
+            for p, d in zip(parts, dims):
+                flat = flat * d + p
+            kind = "token" if math.prod(dims) == self.tokens else "slot"
+            places = index if kind == "token" else index.reshape(-1, 1)
+            ordered = flat.sort().values
+            experts = {e for e in experts if torch.equal((places == e).any(1).nonzero()[:, 0], ordered)}
+            flats.append((index, flat))
+        if len(experts) != 1:
+            return None
+        (e,) = experts
+        lists = [(f if kind == "slot" else f * self.k + (i[f] == e).int().argmax(1)).tolist() for i, f in flats]
+        return e, lists, kind
+
+    def lead(self, node: Node, number: int) -> list[int] | None:
+        """The sizes of the dims that are indexed."""
+        size = shape(node.args[0])
+        if node.target in (aten.index_select.default, aten.index_add.default):
+            return [size[0]] if node.args[1] == 0 else None
+        given = list(node.args[1])
+        skip = 0
+        while given and given[0] is None and size[skip] == 1:
+            given, skip = given[1:], skip + 1
+        return None if None in given else list(size[skip : skip + number])
+
+    def find_reads(self) -> None:
+        self.reads, self.order, self.kind = {}, {}, {}
+        for n in list(self.gm.graph.nodes):
+            if n.target in READS and _of_data(n):
+                found = self.slots(n)
+                if found:
+                    e, lists, self.kind[n] = found
+                    if self.order.setdefault(e, lists) != lists:
+                        raise Differs(f"{n.name} reads an expert's tokens in another order")
+                    self.reads[n] = e
+        if set(self.order) != set(range(self.experts)):
+            raise Differs(f"{len(self.order)} of {self.experts} parts read the tokens of one expert each")
+
+    def find_writes(self) -> list[tuple[int, Node, Node]]:
+        """(expert, write, the rows that it adds or puts), one after the other."""
+        writes = []
+        for n in self.gm.graph.nodes:
+            if n.target in WRITES and (found := self.slots(n)):
+                e, lists, kind = found
+                if self.order.get(e) != lists:
+                    raise Differs(f"{n.name} writes an expert's tokens in another order than they are read")
+                writes.append((e, n, self.added(n, kind)))
+                self.kind[n] = kind
+        if sorted(e for e, _, _ in writes) != list(range(self.experts)):
+            raise Differs(f"{len(writes)} results are written back for {self.experts} experts")
+        for (_, a, _), (_, b, _) in zip(writes, writes[1:]):
+            again = {u for u in a.users if self.reads.get(u) is not None and u.args[0] is a}
+            if b.args[0] is not a or set(a.users) - again != {b}:
+                raise Differs(f"{b.name} does not follow the result of the expert before")
+        return writes
+
+    def added(self, write: Node, kind: str) -> Node:
+        if write.target is aten.index_add.default:
+            if write.args[1] != 0 or write.kwargs:
+                raise Differs(f"{write.name} scales what it adds")
+            return write.args[3]
+        value, adds = write.args[2], len(write.args) > 3 and write.args[3]
+        if adds:
+            return value
+        if value.target is aten.add.Tensor and not value.kwargs:
+            old = [a for a in value.args if isinstance(a, Node) and a.target in READS and a.args[0] is write.args[0]]
+            if len(old) == 1 and self.reads.get(old[0]) == self.slots(write)[0]:  # type: ignore[index]
+                return value.args[1 - value.args.index(old[0])]
+        base = write
+        while base.target is aten.index_put.default:
+            base = base.args[0]
+        if base.target not in EMPTY and not _zeros(base):
+            raise Differs(f"{write.name} overwrites a value that is not empty")
+        return self.put(value, kind)
+
+    def put(self, value: Node, kind: str) -> Node:
+        self.puts = True
+        if kind != "slot" and self.k > 1:
+            raise Differs("it overwrites the result of another expert's token")
+        return value
+
+    puts = False
+
+    def replace(self, writes: list[tuple[int, Node, Node]]) -> None:
+        graph, last = self.gm.graph, writes[-1][1]
+        writes = sorted(writes, key=lambda w: w[0])
+        groups = self.corresponding([w[2] for w in writes])
+        x = next((self.source(g) for g in groups if self.tokens_of(g) is not None), None)
+        if x is None:
+            raise Differs("its rows are not tokens taken in the order of their experts")
+        base = min((w[1] for w in writes), key=list(graph.nodes).index).args[0]
+        with graph.inserting_before(last):
+            entries: dict = {}
+            merge = Merge(self.gm, self.ctx, self.experts, entries, writes[0][2])
+            index = merge.add(aten.reshape.default, (self.index, [self.tokens, self.k]))
+            flat = x if len(shape(x)) == 2 else merge.add(aten.reshape.default, (x, [self.tokens, -1]))
+            dispatch = merge.add(ops.permute.default, (flat, index, self.experts))
+            rows, counts, perm, order = (merge.add(operator.getitem, (dispatch, i)) for i in range(4))
+            back = merge.add(aten.reshape.default, (perm, [-1]))
+            merge.rows, merge.counts = rows, counts
+            merge.numbers = tuple(shape(n)[0] for n in groups[0])
+
+            def enter(group):
+                def make() -> Node:
+                    if self.tokens_of(group) is x:
+                        value, wide = rows, shape(group[0])
+                        return value if len(wide) == 2 else merge.add(aten.unsqueeze.default, (value, 0))
+                    return merge.add(ops.take.default, (self.per_slot(merge, group, index), order, back))
+
+                return make
+
+            for group in groups:
+                entries[group] = enter(group)
+            y = merge.value(tuple(w[2] for w in writes))
+            if self.puts:
+                out = merge.add(ops.take.default, (y, back, order))
+            else:
+                out = _combine(merge, y, perm, order)
+            if shape(out) != shape(last):
+                out = merge.add(aten.reshape.default, (out, list(shape(last))))
+            if out.meta["val"].dtype != last.meta["val"].dtype:
+                out = merge.add(aten.to.dtype, (out, last.meta["val"].dtype))
+            if not (self.puts or _zeros(base)):
+                out = merge.add(aten.add.Tensor, (base, out))
+        last.replace_all_uses_with(out)
+
+    def corresponding(self, results: list[Node]) -> list[tuple[Node, ...]]:
+        """The reads that each expert's result is made of, those in the same place together."""
+        lists = []
+        for e, result in enumerate(results):
+            found: dict[Node, None] = {}
+            seen: set[Node] = set()
+
+            def walk(n: Node) -> None:
+                if n in seen or n.meta.get("weights_only"):  # noqa: B023
+                    return
+                seen.add(n)  # noqa: B023
+                if self.reads.get(n) is not None:
+                    found[n] = None  # noqa: B023
+                    return
+                for a in n.all_input_nodes:
+                    walk(a)
+
+            walk(result)
+            if any(self.reads[n] != e for n in found):
+                raise Differs(f"{result.name} mixes the tokens of several experts")
+            lists.append(list(found))
+        if len({len(found) for found in lists}) != 1:
+            raise Differs("the experts do not read alike")
+        return list(zip(*lists))
+
+    def source(self, group: tuple[Node, ...]) -> Node | None:
+        sources = {n.args[0] for n in group}
+        return self.tokens_of(group) if len(sources) == 1 else None
+
+    def tokens_of(self, group: tuple[Node, ...]) -> Node | None:
+        """The tokens (T, H) whose rows a group of reads is; of slots that repeat tokens, those."""
+        sources = {n.args[0] for n in group}
+        if len(sources) != 1:
+            return None
+        (source,) = sources
+        if self.kind[group[0]] == "token":
+            if source.target is aten.unsqueeze.default and source.args[1] == 0:
+                source = source.args[0]
+            return source if math.prod(shape(source)[:-1]) == self.tokens and len(shape(source)) > 1 else None
+        repeats = source.target is aten.repeat_interleave.self_int
+        along = repeats and (source.args[2] if len(source.args) > 2 else source.kwargs.get("dim")) == 0
+        if along and source.args[1] == self.k and len(shape(source)) == 2:
+            return source.args[0]
+        return None
+
+    def per_slot(self, merge: Merge, group: tuple[Node, ...], index: Node) -> Node:
+        """What a group of reads reads, for every slot (T*K, ...)."""
+        sources = list(dict.fromkeys(n.args[0] for n in group))
+        slots = self.tokens * self.k
+        if self.kind[group[0]] == "slot":
+            if len(sources) > 1:
+                raise Differs(f"{group[0].name} reads slots of its own for each expert")
+            rest = list(shape(group[0]))[1:]
+            return merge.add(aten.reshape.default, (sources[0], [slots, *rest]))
+        if len(sources) == 1:
+            value = merge.add(aten.reshape.default, (sources[0], [self.tokens, *shape(group[0])[1:]]))
+            return merge.add(aten.repeat_interleave.self_int, (value, self.k, 0))
+        rest = list(shape(sources[0])[1:])
+        if math.prod(rest) != 1 or len(sources) != self.experts:
+            raise Differs(f"{group[0].name} reads wide values of its own for each expert")
+        flat = [merge.add(aten.reshape.default, (s, [self.tokens])) for s in (n.args[0] for n in group)]
+        table = merge.add(aten.stack.default, (flat, 1))
+        value = merge.add(aten.gather.default, (table, 1, merge.add(aten.to.dtype, (index, torch.int64))))
+        return merge.add(aten.reshape.default, (value, [slots, *rest]))
+
+
+def _combine(merge: Merge, y: Node, perm: Node, order: Node) -> Node:
+    """The sum of each token's rows; where they are scaled by a weight of their slot at last, a weighted sum."""
+    if y.target is aten.mul.Tensor:
+        for a, b in (y.args, y.args[::-1]):
+            w = b
+            while isinstance(w, Node) and w.target in (aten.unsqueeze.default, aten.reshape.default, aten.view.default):
+                w = w.args[0]
+            taken = isinstance(w, Node) and w.target is ops.take.default and w.args[1] is order
+            if taken and isinstance(a, Node) and shape(a) == shape(y) and math.prod(shape(b)) == shape(y)[0]:
+                weights = merge.add(aten.reshape.default, (w.args[0], list(shape(perm))))
+                return merge.add(ops.unpermute.default, (a, perm, order, weights))
+    return merge.add(ops.gather_sum.default, (y, perm, order))

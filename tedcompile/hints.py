@@ -1,0 +1,98 @@
+"""Control flow that depends on routing, decided as for a routing that reaches every expert.
+
+    for e, expert in enumerate(experts):
+        mask = (index == e).any(-1)
+        if mask.any():                      # taken
+            out[mask] += expert(x[mask]) * ...
+
+No graph can hold such a branch. Under `assumed`, each choice of experts (a top-k, an argmax) has an example value that
+reaches all of them; integer work on it is done on the example as well, and a branch goes the way the example goes.
+Where something was assumed is noted by module: the graph is right only if that module is recognised and the recognised
+form is proven against the module's own code, with idle experts too (`prove.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tedcompile import compat
+
+# function -> the position of `dim` in its arguments, and which of its results are indices
+CHOICES: dict[Any, tuple[int, slice]] = {
+    f: (at, results)
+    for names, at, results in (
+        (("topk",), 2, slice(1, 2)), (("argmax",), 1, slice(0, 1)), (("max", "sort"), 1, slice(1, 2)),
+        (("argsort",), 1, slice(0, 1)), (("multinomial",), 9, slice(0, 1)),
+    )
+    for name in names
+    for f in (getattr(torch, name), getattr(Tensor, name))
+}  # fmt: skip
+NONZERO = {torch.nonzero, Tensor.nonzero}
+
+
+class Calls:
+    """What each module is first called with, and which one runs; by path."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.modules = {n: m for n, m in model.named_modules() if n}
+        self.made: dict[str, tuple[tuple, dict]] = {}
+        self.running: list[str] = [""]
+        self.assumed: set[str] = set()
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        hooks: list[Any] = []
+        for name, module in self.modules.items():
+
+            def enter(_, args, kwargs, name=name):
+                self.made.setdefault(name, (args, kwargs))
+                self.running.append(name)
+
+            def leave(*_):
+                self.running.pop()
+
+            hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            hooks.append(module.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class Assumed(torch.overrides.TorchFunctionMode):
+    """Gives the indices of a choice an example that reaches every expert; branches follow the examples."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if (func is torch.where and len(args) == 1) or (func in NONZERO and kwargs.pop("as_tuple", False)):
+            found = args[0].nonzero()  # torch gives the tuple the example's sizes
+            return tuple(found.select(1, i) for i in range(args[0].dim()))
+        if func is torch.select and isinstance(args[2], torch.SymInt):
+            args = (*args[:2], int(args[2]))  # the weights of one expert
+        result = func(*args, **kwargs)
+        at, which = CHOICES.get(func, (0, None))
+        if which is not None:
+            x = args[0] if args else kwargs["input"]
+            dim = kwargs.get("dim", args[at] if len(args) > at else -1)
+            parts = list(result) if isinstance(result, tuple) else [result]
+            for index in parts[which]:
+                if compat.example_of(index) is None and isinstance(dim, int) and x.dim():
+                    with compat.no_modes():
+                        example = _spread(index.shape, dim % x.dim(), x.shape[dim])
+                    compat.set_example(index, example)
+        return result
+
+
+def _spread(shape: torch.Size, dim: int, size: int) -> Tensor:
+    """Indices below `size` that are different along dim and, with enough of them, reach every one."""
+    if dim >= len(shape) or shape.numel() <= shape[dim]:
+        return (torch.arange(shape.numel()) % size).reshape(shape)
+    rest = [s for i, s in enumerate(shape) if i != dim]
+    flat = torch.arange(shape.numel()).reshape(*rest, shape[dim]) % size
+    return flat.movedim(-1, dim).contiguous()

@@ -1,0 +1,153 @@
+"""Every way to write an MoE: recognised, proven against its own code, and parallel with the same gradients (fp64)."""
+
+import pytest
+import torch
+from torch import nn
+
+from tedcompile import pipeline
+from tedcompile.capture import capture
+from tedcompile.mesh import MeshShape
+from tedcompile.passes import merge_experts, recognise_loop, separate_experts
+from tedcompile.passes.merge_experts import Merge
+from tests import styles
+from tests.lockstep import distributed, parity, placements, targets
+
+T = 10
+MESHES = [MeshShape(ep=2, tp=2), MeshShape(dp=2, ep=2), MeshShape(ep=4), MeshShape(tp=2)]
+CASES = [(name, MESHES[0]) for name in styles.STYLES]
+CASES += [(name, MESHES[1 + i % 3]) for i, name in enumerate(styles.STYLES)]
+
+
+def batches(number):
+    generators = [torch.Generator().manual_seed(i) for i in range(number)]
+    return [dict(x=torch.randn(T, styles.H, dtype=torch.float64, generator=g)) for g in generators]
+
+
+@pytest.mark.parametrize("style, mesh", CASES, ids=str)
+def test_parity(style, mesh, monkeypatch):
+    module, inputs = styles.build(style).double(), batches(mesh["data"])
+    gm, ctx = distributed(module, inputs[0], mesh)
+    assert not any("not " in reason and "divide" not in reason for n, reason in ctx.replicated if n.op != "placeholder")
+    experts = {n for n, _ in module.named_parameters() if not n.startswith("gate")}
+    split = placements(gm)
+    for axis in ("ep", "tp"):
+        if mesh[axis] > 1:  # a bias may stay whole
+            assert {n for n in experts if "bias" not in n} <= {n for n, p in split.items() if axis in p}
+    parity(module, inputs, mesh, monkeypatch, (gm, ctx))
+
+
+def recognised(module):
+    """The graph of a style by all recognisers with proof, and what stayed as written."""
+    captured = capture(module.double(), batches(1)[0])
+    ctx = pipeline.Context(MeshShape())
+    gm = pipeline.run_forward(captured, ctx)
+    return gm, [reason for _, reason in ctx.replicated]
+
+
+def swap_experts(monkeypatch):
+    stack = separate_experts.stack
+    monkeypatch.setattr(merge_experts, "stack", lambda g, c, p: stack(g, c, [p[1], p[0], *p[2:]]))
+
+
+def drop_bias(monkeypatch):
+    product = Merge.product
+    monkeypatch.setattr(Merge, "product", lambda self, target, args, n: product(self, target, args[:2], n))
+
+
+def wrong_score(monkeypatch):
+    combine = recognise_loop._combine
+    flip = torch.ops.aten.flip.default
+
+    def other(merge, y, perm, order):
+        out = combine(merge, y, perm, order)
+        y, perm, order, weights = out.args
+        return merge.add(out.target, (y, perm, order, merge.add(flip, (weights, [1]))))
+
+    monkeypatch.setattr(recognise_loop, "_combine", other)
+
+
+def forget_idle(monkeypatch):
+    """A recogniser that is right only where every expert has rows."""
+    spread, aten = Merge.spread, torch.ops.aten
+
+    def other(self, weight, dims):
+        reached = self.add(aten.clamp.default, (self.add(aten.min.default, (self.counts,)), 0, 1))
+        return self.add(aten.mul.Tensor, (spread(self, weight, dims), reached))
+
+    monkeypatch.setattr(Merge, "spread", other)
+
+
+@pytest.mark.parametrize("mutate, style, word", [
+    (swap_experts, "LoopWhere", "output 0 differs"),
+    (drop_bias, "LoopBiases", "output 0 differs"),
+    (wrong_score, "LoopWhere", "output 0 differs"),
+    (forget_idle, "LoopBiases", "idle"),
+])  # fmt: skip
+def test_a_wrong_recogniser_is_caught(mutate, style, word, monkeypatch):
+    mutate(monkeypatch)
+    module = styles.build(style)
+    if style == "LoopBiases":  # needs the proof to be captured at all
+        with pytest.raises(ValueError, match=word):
+            recognised(module)
+        return
+    gm, reasons = recognised(module)
+    assert any(word in reason for reason in reasons)
+    assert "ted::permute" not in targets(gm)
+
+
+class Twice(styles.LoopContinue):
+    """What follows a branch is not what its absence would be: an idle expert costs its bias."""
+
+    def dispatch(self, x, weights, index):
+        out = super().dispatch(x, weights, index)
+        for e in range(styles.E):
+            if not (index == e).any():
+                out = out + 1
+        return out
+
+
+def test_an_assumption_that_does_not_hold_is_refused():
+    with pytest.raises(ValueError, match="control flow or a size depends on the values of tensors.*idle"):
+        recognised(randomised(Twice()))
+
+
+class Layers(nn.Module):
+    """Two equal blocks inside a model, with control flow."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([styles.LoopContinue(), styles.LoopContinue()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_the_block_is_proven_and_equal_blocks_once():
+    captured = capture(randomised(Layers()).double(), batches(1)[0])
+    assert captured.calls.assumed == {"layers.0", "layers.1"}
+    ctx = pipeline.Context(MeshShape())
+    gm = pipeline.run_forward(captured, ctx)
+    assert ctx.prove.proven == {"layers.0", "layers.1"} and list(ctx.prove.verdicts.values()) == [""]
+    assert targets(gm).count("ted::permute") == 2
+
+
+class Unequal(styles.LoopWhere):
+    def __init__(self):
+        super().__init__()
+        self.experts[2] = styles.FeedForward()
+
+
+def test_experts_of_other_code_stay():
+    gm, reasons = recognised(randomised(Unequal()))
+    assert "ted::permute" not in targets(gm)
+    assert any("experts are not the same code" in r or "have other shapes" in r or "is not" in r for r in reasons)
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(0, 0.5)
+    return module
