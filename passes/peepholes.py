@@ -128,11 +128,16 @@ def _together(graph: Graph, members: list[Node], axis: str) -> None:
         flat = [graphs.call(graph, aten.reshape.default, (m.args[0], [-1]), m) for m in members]
         whole = graphs.call(graph, aten.cat.default, (flat,), last)
         summed = graphs.call(graph, ops.all_reduce.default, (whole, axis), last)
+        for node in (*flat, whole, summed):
+            node.meta["segment"] = "sums"
         start = 0
         for member in members:
             n = math.prod(shape(member))
             part = graphs.call(graph, aten.slice.Tensor, (summed, 0, start, start + n), member)
-            member.replace_all_uses_with(graphs.call(graph, aten.reshape.default, (part, list(shape(member))), member))
+            whole = graphs.call(graph, aten.reshape.default, (part, list(shape(member))), member)
+            for node in (part, whole, *(u for u in member.users if u.op != "output")):
+                node.meta["segment"] = "sums"
+            member.replace_all_uses_with(whole)
             start += n
     for member in members:
         graph.erase_node(member)

@@ -79,11 +79,16 @@ def _reduce(
     graph.erase_node(marker)
     if axis is None:
         return reduced
+    for node in (*flat, whole, scaled):
+        if node not in grads:
+            node.meta["segment"] = "bucket"
     parts, start = [], 0
     with graph.inserting_before(output):
         for g in grads:
             n = math.prod(shape(g))
             part = graphs.call(graph, aten.slice.Tensor, (summed, 0, start, start + n), g) if len(grads) > 1 else summed
             parts.append(graphs.call(graph, aten.reshape.default, (part, list(shape(g))), g))
+            for node in (part, parts[-1]):
+                node.meta["segment"] = "views"
             start += n
     return parts

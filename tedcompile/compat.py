@@ -75,6 +75,15 @@ def compile_fx_inner(*args, deterministic: bool = False, ordered: bool = False, 
         return compile_fx_inner(*args, **kwargs)
 
 
+def own_tracing():
+    """What is compiled inside is no part of the graph that AOTAutograd is compiling: its strides and donated inputs."""
+    return torch._guards.tracing(None)
+
+
+def range_of(size: torch.SymInt) -> Any:
+    return size.node.shape_env.bound_sympy(size.node.expr)
+
+
 def inductor_kernel(
     function: Callable[..., tuple], arguments: list[tuple], device: torch.device
 ) -> Callable[[list], Any]:

@@ -19,6 +19,7 @@ from tedcompile.layouts import D, S
 from tedcompile.options import Options
 from tedcompile.passes import (
     checkpoint,
+    cut_layers,
     deterministic,
     fuse_experts,
     gather_parameters,
@@ -146,7 +147,7 @@ def build(
             ctx.outputs = first
             for name, run in _joint_passes(ctx.options):
                 run_pass(name, run, graph, ctx)
-        stack_free = _compiler(backend, names, deterministic)
+        stack_free = _compiler(backend, names, deterministic, "cut_layers" not in ctx.options.off)
         return compat.aot_compile_joint_with_descriptors(
             joint,
             partition_fn=functools.partial(partition, ctx),
@@ -188,11 +189,21 @@ def _erase_asserts(gm: GraphModule) -> None:
             gm.graph.erase_node(node)
 
 
-def _compiler(backend: str, names: dict[str, str], deterministic: bool):
+def _compiler(backend: str, names: dict[str, str], deterministic: bool, cut_equal: bool):
     """`deterministic`: what tp ranks hold alike must be bit-equal, and one reduction tuned otherwise is enough."""
 
     def kind(backward: bool, inference: bool):
         def compile_graph(gm: GraphModule, example_inputs: list) -> Callable:
+            cut = cut_layers.run(gm) if cut_equal else None
+            if cut is None:
+                return compile_segment(gm, example_inputs)
+            lower.run(cut.outer, names)
+            with compat.own_tracing():
+                runs = [compile_segment(s, [n.meta["val"] for n in s.graph.find_nodes(op="placeholder")])
+                        for s in cut.segments]  # fmt: skip
+            return cut_layers.Outer(cut.outer, {name: runs[i] for name, i in cut.form.items()})
+
+        def compile_segment(gm: GraphModule, example_inputs: list) -> Callable:
             sends = any(map(graphs.collective, gm.graph.nodes))
             lower.run(gm, names)
             if backend == "inductor":

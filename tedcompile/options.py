@@ -12,7 +12,7 @@ from tedcompile import machines
 from tedcompile.zero import STAGES
 
 # optimisations by the name of their pass; the other passes are what makes the program right
-OPTIONAL = ("drop_duplicates", "simplify_collectives", "save_collectives", "fuse_experts")
+OPTIONAL = ("drop_duplicates", "simplify_collectives", "save_collectives", "fuse_experts", "cut_layers")
 # choices that the cost model makes, and the values that may be forced
 PLANS: dict[str, tuple[str, ...]] = {
     "dispatch": ("all_to_all", "dedup", "all_gather"),

@@ -1,0 +1,110 @@
+"""Equal layers are one segment, others are not, and what is cut computes what the whole graph computes, bit for bit."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from tedcompile import graphs
+from tedcompile.mesh import MeshShape
+from tedcompile.passes import cut_layers
+from tests import joint, models
+
+
+def parts(name="qwen3_moe", change=None):
+    model, batch = models.MODELS[name](**({"layers": 5} if name == "nano_moe" else {"num_hidden_layers": 5}))
+    if change:
+        change(model)
+    return joint.parts(model, batch(0, 0), MeshShape(dp=2, ep=2, tp=2))
+
+
+def layers(cut: cut_layers.Cut) -> list[int]:
+    """The forms of the large segments, in the order they run."""
+    calls = cut.outer.graph.find_nodes(op="call_module")
+    return [cut.form[n.target] for n in calls if len(cut.segments[cut.form[n.target]].graph.nodes) > 60]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "nano_moe"])
+def test_equal_layers_are_one(name):
+    for graph in parts(name):
+        found = layers(cut_layers.run(graph))
+        assert len(found) >= 5 and len(set(found)) < len(found) - 1
+
+
+def test_another_constant_is_another_layer():
+    def change(model):
+        model.model.layers[2].input_layernorm.variance_epsilon = 1e-3
+
+    plain, other = (layers(cut_layers.run(parts(change=c)[0])) for c in (None, change))
+    assert plain[1] == plain[2] == plain[3]
+    assert other[1] == other[3] != other[2]
+
+
+def test_gradients_are_reduced_outside():
+    _, backward = parts()
+    cut = cut_layers.run(backward)
+    outside = [n for n in cut.outer.graph.nodes if graphs.collective(n) == "all_reduce"]
+    inside = [n for s in cut.segments for n in s.graph.nodes if graphs.collective(n) == "all_reduce"]
+    assert outside and all(n.args[-1] in ("data", "dp") for n in outside)
+    assert inside and all(n.args[-1] == "tp" for n in inside)
+
+
+def test_too_little_repeats():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU())])
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x.sum()
+
+    for graph in joint.parts(Two(), dict(x=torch.ones(2, 4)), MeshShape()):
+        assert cut_layers.run(graph) is None
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "nano_moe"])
+@pytest.mark.parametrize("checkpoint", ["none", "full"])
+def test_same_numbers(name, checkpoint):
+    results = []
+    for off in ([], ["cut_layers"]):
+        model, batch = models.MODELS[name](**({"layers": 3} if name == "nano_moe" else {"num_hidden_layers": 3}))
+        run, inputs = joint.build(model, batch(0, 0), MeshShape(), off=off, checkpoint=checkpoint)
+        loss = run(*inputs)[0]
+        loss.backward()
+        results.append([loss.detach(), *(x.grad for x in inputs if x.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_value_goes_before_the_call_that_reads_it_last():
+    graph = Graph()
+    x = graph.placeholder("x")
+    y = graph.call_module("double", (x,))
+    graph.output((graph.call_module("look", (graph.call_module("take", (y,)),)),))
+    holder = nn.Module()
+    for name in ("double", "look", "take"):
+        holder.add_module(name, nn.Identity())
+    seen = []
+
+    def double(args):
+        seen.append(weakref.ref(args[0]))
+        return 2 * args.pop()
+
+    def look(args):
+        gc.collect()
+        assert seen[0]() is None and seen[1]() is None
+        return args.pop()
+
+    def take(args):
+        assert seen[0]() is None
+        seen.append(weakref.ref(args[0]))
+        return args.pop() + 1
+
+    run = cut_layers.Outer(GraphModule(holder, graph), dict(double=double, look=look, take=take))
+    assert run([torch.ones(2)])[0].tolist() == [3, 3]
