@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import tedcompile
-from tedcompile.explain import load
+from tedcompile.load import load
 
 TED = dict(experts="tensor", dispatch="all_to_all")
 OPTIMISATIONS: dict[str, dict] = {  # under TED's plan, each with those before it

@@ -15,9 +15,11 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from tedcompile import calibrate
-from tedcompile.explain import BATCH, DTYPES, SEQ, Style, analyse, choose, render
+from tedcompile.explain import BATCH, SEQ, analyse
+from tedcompile.load import DTYPES
 from tedcompile.mesh import MeshShape
 from tedcompile.options import Options
+from tedcompile.report import Style, choose, render
 
 EPILOG = """MODEL is a transformers model type (mixtral, qwen3_moe: its default configuration), a config.json or a
 folder with one, or file.py:function, a function that returns (model, example_inputs).

@@ -11,10 +11,13 @@ import torch
 
 from tedcompile import compile, graphs
 from tedcompile.api import _example
-from tedcompile.explain import Explanation, analyse, explain, from_config, layers_of, render
+from tedcompile.explain import Explanation, analyse, explain
+from tedcompile.listing import layers_of
+from tedcompile.load import from_config
 from tedcompile.mesh import shape_of
 from tedcompile.options import OPTIONAL, Options
 from tedcompile.passes import reduce_gradients
+from tedcompile.report import render
 
 from .joint import Stop, build, parts, replayed
 from .models import COMMON, MODELS, families
