@@ -25,7 +25,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tedcompile import compat, graphs
-from tedcompile.capture import layer_of
+from tedcompile.capture import layer_of, module_path
 
 OUTSIDE = "outside"  # `meta["segment"]` of a node that is no part of a segment
 DATA_AXES = ("data", "dp")
@@ -123,13 +123,12 @@ def _labels(graph: Graph) -> dict[Node, str | None]:
     layers: dict[Node, str] = {}
     for node in graph.nodes:
         axis = node.args[-1] if graphs.collective(node) else ""
-        stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
         if "segment" in node.meta:
             labels[node] = node.meta["segment"]
         elif axis in DATA_AXES or node.op == "get_attr" or _writes(node):
             labels[node] = OUTSIDE
-        elif stack:
-            labels[node] = layers[node] = layer_of(next(reversed(list(stack.values())), ("",))[0])
+        elif node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack"):
+            labels[node] = layers[node] = layer_of(module_path(node))
         else:
             labels[node] = None
     # what one layer makes for others too, of what no layer has made, is nobody's

@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tedcompile import graphs
+from tedcompile.capture import layer_of, module_path
 from tedcompile.layouts import shape
 from tedcompile.ops import ops
 
@@ -22,20 +23,31 @@ ROWS = {ops.all_to_all_like.default: 2, ops.gather_rows_like.default: 2, ops.sca
 
 
 def run(gm: GraphModule, ctx) -> None:
-    orders: dict[str, Node] = {}
+    orders: dict[tuple[str, str], Node] = {}  # by layer, or "*", and size: equal layers stay equal
     there = {str(shape(n)[0]) for n in gm.graph.nodes if _is_order(n)}
+
+    def know(node: Node) -> None:
+        for key in ((_layer(node), str(shape(node)[0])), ("*", str(shape(node)[0]))):
+            if key not in orders or orders[key].meta["val"].dim() > node.meta["val"].dim():
+                orders[key] = node
+
     for node in list(gm.graph.nodes):
-        if node.target is ops.all_to_all.default and str(shape(node)[0]) not in there | orders.keys():
-            with graphs.after(gm.graph, node):
-                orders[str(shape(node)[0])] = graphs.call(gm.graph, ops.row_marks.default, (node,), node)
+        if node.target is ops.all_to_all.default:
+            size = str(shape(node)[0])
+            if size not in there and ("*", size) not in orders:
+                with graphs.after(gm.graph, node):
+                    know(graphs.call(gm.graph, ops.row_marks.default, (node,), node))
         at = ROWS.get(node.target)
         if at is not None:
-            smallest = orders.get(str(shape(node.args[at])[0]), node.args[at])
+            size = str(shape(node.args[at])[0])
+            smallest = orders.get((_layer(node), size)) or orders.get(("*", size), node.args[at])
             graphs.set_args(node, (*node.args[:at], smallest, *node.args[at + 1 :]))
         if _is_order(node):
-            known = orders.setdefault(str(shape(node)[0]), node)
-            if known.meta["val"].dim() > node.meta["val"].dim():
-                orders[str(shape(node)[0])] = node
+            know(node)
+
+
+def _layer(node: Node) -> str:
+    return layer_of(module_path(node))
 
 
 def _is_order(node: Node) -> bool:

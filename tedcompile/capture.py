@@ -254,8 +254,8 @@ def source_line(node: Node) -> str:
 
 
 def module_path(node: Node) -> str:
-    """The path of the module that a node came from, as in `model.layers.0.mlp`."""
-    stack = node.meta.get("nn_module_stack") or {}
+    """The path of the module that a node, or the forward node whose VJP it is, came from: `model.layers.0.mlp`."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     return next(reversed(list(stack.values())), ("",))[0] if stack else ""
 
 
