@@ -160,7 +160,7 @@ def analyse(
         "letters": letters,
         "savings": savings,
         "parameters": [_parameter(n, shape) for n in _parameters(gm)],
-        "replicated": _replicated(ctx.replicated),
+        "replicated": replicated(ctx.replicated),
         "machine": machine.name,
         "choices": _choices(ctx),
     }
@@ -235,15 +235,21 @@ def _sent(rows: list[dict]) -> dict[str, int]:
 # ---- models by name -------------------------------------------------------------------------------------------------
 
 
-def load(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.nn.Module, Any]:
+def load(spec: str, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> tuple[torch.nn.Module, Any]:
     """A model without weights, and its example inputs (None for a transformers model), from what a user types.
 
     `spec` is a transformers model type, a config.json or a folder with one, or `file.py:function`, where the function
-    takes no arguments and returns `(model, example_inputs)`. Raises ValueError that says what is wrong with it.
+    takes no arguments and returns `(model, example_inputs)`. On another `device` than meta the model has the values of
+    its initialisation. Raises ValueError that says what is wrong with `spec`.
     """
     file, colon, function = spec.rpartition(":")
     if colon and file.endswith(".py"):
-        return _call(Path(file), function)
+        return _call(Path(file), function, device)
+    return from_config(configuration(spec), dtype, device), None
+
+
+def configuration(spec: str) -> Any:
+    """The transformers configuration of a model type, a config.json or its folder. Raises ValueError as `load`."""
     path = Path(spec)
     if spec.endswith(".py"):
         raise ValueError(f"{spec} names no function: write {spec}:FUNCTION, which returns (model, example_inputs)")
@@ -252,7 +258,7 @@ def load(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.nn.Modul
         if not path.exists():
             raise ValueError(f"{spec} holds no config.json")
     if path.suffix == ".json" or path.is_file():
-        return from_config(_read_config(path), dtype), None
+        return _read_config(path)
     types = _transformers().CONFIG_MAPPING
     kind = spec.replace("-", "_")
     if kind not in types:
@@ -260,7 +266,7 @@ def load(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.nn.Modul
         hint = f"did you mean {' or '.join(close)}?" if close else "give a transformers model type, as mixtral,"
         rest = "" if close else " a config.json or its folder, or file.py:function"
         raise ValueError(f"unknown model {spec!r}: {hint}{rest}")
-    return from_config(types[kind](), dtype), None
+    return types[kind]()
 
 
 def _transformers():
@@ -288,8 +294,8 @@ def _read_config(path: Path) -> Any:
         raise ValueError(f"{path} is not a configuration of {kind}: {_first_line(error)}") from None
 
 
-def from_config(config: Any, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
-    """The causal language model of a transformers configuration, on the meta device."""
+def from_config(config: Any, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> torch.nn.Module:
+    """The causal language model of a transformers configuration."""
     transformers = _transformers()
     if not isinstance(config, getattr(transformers, "PreTrainedConfig", transformers.PretrainedConfig)):
         raise TypeError(
@@ -298,13 +304,13 @@ def from_config(config: Any, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Mo
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise ValueError(f"transformers has no causal language model of type {config.model_type!r}")
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
         raise ValueError(f"a model of type {config.model_type!r} cannot be built: {_first_line(error)}") from error
 
 
-def _call(file: Path, function: str) -> tuple[torch.nn.Module, Any]:
+def _call(file: Path, function: str, device: str) -> tuple[torch.nn.Module, Any]:
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -319,7 +325,7 @@ def _call(file: Path, function: str) -> tuple[torch.nn.Module, Any]:
         raise ValueError(f"{file} has no function {function!r}")
     try:
         try:
-            with torch.device("meta"):
+            with torch.device(device):
                 made = make()
         except Exception:  # what reads values cannot run without them
             made = make()
@@ -341,7 +347,7 @@ def _first_line(error: Exception) -> str:
 # ---- facts ----------------------------------------------------------------------------------------------------------
 
 
-def _pattern(path: str) -> str:
+def pattern(path: str) -> str:
     """`model.layers.3.mlp` to `model.layers.*.mlp`."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
 
@@ -377,11 +383,11 @@ def _parameter(node: Node, mesh: MeshShape) -> dict[str, Any]:
     }
 
 
-def _replicated(found: list[tuple[Node, str]]) -> list[dict[str, str]]:
+def replicated(found: list[tuple[Node, str]]) -> list[dict[str, str]]:
     merged: dict[tuple[str, str], None] = {}
     for node, reason in found:
         role = node.meta.get("role")
-        merged[_pattern(role[1] if role else module_path(node)), reason] = None
+        merged[pattern(role[1] if role else module_path(node)), reason] = None
     return [{"module": module, "reason": reason} for module, reason in merged]
 
 
@@ -389,7 +395,7 @@ def _choices(ctx: pipeline.Context) -> list[dict[str, Any]]:
     """The candidates for each kind of MoE block, the best first, with what the cost model predicts of them."""
     alike: dict[tuple, Any] = {}
     for node, block, plan in ctx.choices:
-        alike.setdefault((_pattern(module_path(node)), block), plan)
+        alike.setdefault((pattern(module_path(node)), block), plan)
     return [
         {"module": module, "candidates": cost.table(block, ctx.shape, ctx.machine, plan, ctx.options.off)}
         for (module, block), plan in alike.items()
@@ -551,10 +557,10 @@ def collectives(
         if name in graphs.KINDS:
             role = "parameter" if node.args[0].meta["weights_only"] else "payload"
             role = role if node.args[0].meta["val"].is_floating_point() else "counts"
-            module = _pattern(module_path(node))
+            module = pattern(module_path(node))
             add(graphs.KINDS[name], node.args[-1], role, "forward", module, [node.args[0]])
     for node in _replayed(gm, got, options):
-        add(graphs.collective(node), node.args[-1], "payload", "recompute", _pattern(module_path(node)), [node.args[0]])
+        add(graphs.collective(node), node.args[-1], "payload", "recompute", pattern(module_path(node)), [node.args[0]])
     for node in reversed(gm.graph.nodes):
         if node in got and node.target in BACKWARD and node.args[0].meta.get("grad"):
             kind, axis = BACKWARD[node.target], node.args[-1]
@@ -563,7 +569,7 @@ def collectives(
                 merged.setdefault((axis, node.meta["val"].dtype), []).append(node)
                 continue
             role = "gradient" if node.meta["weights_only"] else "payload"
-            add(kind, axis, role, "backward", _pattern(module_path(node)), [node])
+            add(kind, axis, role, "backward", pattern(module_path(node)), [node])
     groups = [bucket for nodes in merged.values() for bucket in _filled(nodes, shapes, peepholes.MERGED)]
     for bucket in groups:
         add(
@@ -571,11 +577,11 @@ def collectives(
             bucket[0].args[-1],
             "gradient",
             "backward",
-            _common([_pattern(module_path(n)) for n in bucket]),
+            _common([pattern(module_path(n)) for n in bucket]),
             bucket,
         )
     for axis, members in _buckets(gm, shapes, got, groups):
-        module = _common([_pattern(p.meta["role"][1]).rpartition(".")[0] for p in members])
+        module = _common([pattern(p.meta["role"][1]).rpartition(".")[0] for p in members])
         add("all_reduce", axis, "gradient", "backward", module, members)
     found = [
         {
@@ -1036,7 +1042,7 @@ def _difference(before: list[str], after: list[str], style: Style) -> Iterator[s
 def _parameter_table(parameters: list[dict]) -> str:
     groups: Counter[tuple] = Counter()
     for p in parameters:
-        groups[_pattern(p["name"]), p["layout"], str(p["shape"]), str(p["local_shape"])] += 1
+        groups[pattern(p["name"]), p["layout"], str(p["shape"]), str(p["local_shape"])] += 1
     total, local = (sum(math.prod(p[key]) for p in parameters) for key in ("shape", "local_shape"))
     rows = [[name, n, shape, local_shape, layout] for (name, layout, shape, local_shape), n in groups.items()]
     return _table(rows, ["parameter", "times", "shape", "local shape", "layout"]) + (

@@ -57,8 +57,9 @@ class Pool:
 
     GRACE = 5.0  # seconds that the other ranks get after the first one failed
 
-    def __init__(self, world_size: int):
+    def __init__(self, world_size: int, device: str = ""):
         self.world_size = world_size
+        self.on_gpus = device != "cpu" and torch.cuda.device_count() >= world_size
         self.workers: list[tuple[Any, multiprocessing.connection.Connection]] = []
 
     def __enter__(self):
@@ -78,7 +79,7 @@ class Pool:
         for rank in range(self.world_size):
             here, there = context.Pipe()
             process = context.Process(  # type: ignore[attr-defined]
-                target=worker, args=(rank, self.world_size, port, there, self._stack(rank)), daemon=True
+                target=worker, args=(rank, self.world_size, port, there, self._stack(rank), self.on_gpus), daemon=True
             )
             process.start()
             there.close()
@@ -110,10 +111,11 @@ class Pool:
         deadline = start + task.timeout
         waiting: dict[Any, int] = {connection: rank for rank, (_, connection) in enumerate(self.workers)}
         while waiting and time.monotonic() < deadline:
-            for connection in multiprocessing.connection.wait(list(waiting), deadline - time.monotonic()):
-                rank = waiting.pop(connection)
+            ready: Any
+            for ready in multiprocessing.connection.wait(list(waiting), deadline - time.monotonic()):
+                rank = waiting.pop(ready)
                 try:
-                    replies[rank] = connection.recv()  # type: ignore[union-attr]
+                    replies[rank] = ready.recv()
                 except (EOFError, OSError):
                     replies[rank] = Failure(self._death(rank))
                 if isinstance(replies[rank], Failure):
@@ -140,12 +142,11 @@ class Pool:
         return f"the process died{by}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
 
 
-def worker(rank: int, world_size: int, port: int, connection, stack_file: pathlib.Path) -> None:
+def worker(rank: int, world_size: int, port: int, connection, stack_file: pathlib.Path, on_gpus: bool) -> None:
     if sys.platform == "linux":  # whatever the machine's own name resolves to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
     torch.set_num_threads(1)
-    on_gpus = torch.cuda.device_count() >= world_size
     if on_gpus:
         torch.cuda.set_device(rank)
     with contextlib.suppress(EOFError), stack_file.open("w") as stacks:
