@@ -24,8 +24,8 @@ from tedcompile.verify import STEPS
 EPILOG = """MODEL is a transformers model type (mixtral, qwen3_moe: its default configuration), a config.json or a
 folder with one, or file.py:function, a function that returns (model, example_inputs).
 No weights, devices or processes are needed."""
-VERIFY_EPILOG = """MODEL is what `tedcompile explain` takes. The processes are started here (gloo, or NCCL with a GPU for
-each); under torchrun its processes are used. A function's example inputs are the first batch's values, shuffled for
+VERIFY_EPILOG = """MODEL is what `tedcompile explain` takes. The processes are started here (gloo, or NCCL with a GPU
+for each); under torchrun its processes are used. A function's example inputs are the first batch's values, shuffled for
 other ranks and steps. Exit code 2: the input cannot work."""
 
 

@@ -102,7 +102,7 @@ def verify(
         bench = _Bench(model, mesh, batch if callable(batch) else lambda step: batch, steps, tolerance)
         found = bench.attempt(wanted)
         if diagnose and not found.ok:
-            found.diagnosis = list(suspects(wanted, lambda changed: bench.attempt(changed).ok))
+            found.diagnosis += suspects(wanted, lambda changed: bench.attempt(changed).ok)
     return found
 
 
@@ -374,7 +374,7 @@ class _Bench:
         every = self._everyone((data_rank(self.mesh), losses, drift))
         drift = {n: axis for _, _, found in every for n, axis in found.items()}
         work = lambda: self._compare(names, start, gradients, end, every)  # noqa: E731
-        loss, pairs, errors, wrong = self.ranks.together(lambda: work() if self.first else (0.0, [], {}, []))
+        loss, pairs, errors, wrong, hints = self.ranks.together(lambda: work() if self.first else (0.0, [], {}, [], []))
         wrong += [f"{name} is not bit-equal among {axis} ranks" for name, axis in drift.items()]
         found = Verification(
             model=type(self.model).__name__,
@@ -394,6 +394,7 @@ class _Bench:
             whole=whole,
             notes=self.notes,
             wrong=wrong,
+            diagnosis=hints,
         )
         shared = [found]
         if self.groups.host is not None:
@@ -416,12 +417,16 @@ class _Bench:
             wrong.append(f"parameters that only one of the two models has: {', '.join(odd)}")
         if odd := [n for n in start if n in reference.initial and not start[n].equal(reference.initial[n])]:
             wrong.append(f"other values than the plain model's right after parallelize: {', '.join(odd)}")
-        loss = 0.0
-        for rank, losses, _ in every:
-            for step, found in enumerate(losses):
-                loss = max(loss, compare.loss_difference(found, reference.losses[step][rank]))
-        if loss > self.tolerance / 10:
-            wrong.append(f"a loss differs by {loss:.1e}")
+        by_step = [
+            max(compare.loss_difference(losses[step], reference.losses[step][rank]) for rank, losses, _ in every)
+            for step in range(self.steps)
+        ]
+        loss = max(by_step)
+        wrong += [
+            f"the loss of step {step + 1} differs by {error:.1e}"
+            for step, error in enumerate(by_step)
+            if error > self.tolerance / 10
+        ][:1]
         data = {rank: losses for rank, losses, _ in every}
         pairs = []
         for step in range(self.steps):
@@ -434,7 +439,14 @@ class _Bench:
             for name, error in sorted(errors.items(), key=lambda item: -item[1]):
                 if error > self.tolerance:
                     wrong.append(f"the {what} of {name} differs by {error:.1e}")
-        return loss, pairs, {n: (by_gradient[n], by_update[n]) for n in by_gradient}, wrong
+        hints = []
+        if by_step[0] > self.tolerance / 10:
+            hints.append("The first loss differs already: the forward computes something else.")
+        elif max(by_gradient.values()) > self.tolerance:
+            hints.append(
+                "The first losses agree: the forward is right, and the backward or the reduction of gradients is not."
+            )
+        return loss, pairs, {n: (by_gradient[n], by_update[n]) for n in by_gradient}, wrong, hints
 
 
 def _on_host(value: Any) -> Any:
