@@ -45,8 +45,10 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank without a result. `refused`: the text of a ValueError or TypeError, which is for the user."""
+    """A rank without a result: it "died", "raised" or "hung". `text`: how, with tracebacks; `refused`: the text of
+    a ValueError or TypeError, which is for the user."""
 
+    kind: str
     text: str
     refused: str = ""
 
@@ -117,11 +119,11 @@ class Pool:
                 try:
                     replies[rank] = ready.recv()
                 except (EOFError, OSError):
-                    replies[rank] = Failure(self._death(rank))
+                    replies[rank] = Failure("died", self._death(rank))
                 if isinstance(replies[rank], Failure):
                     deadline = min(deadline, time.monotonic() + self.GRACE)
         for rank in waiting.values():
-            replies[rank] = Failure(f"no answer; it was at\n{self._where(rank)}")
+            replies[rank] = Failure("hung", f"no answer; it was at\n{self._where(rank)}")
         if any(isinstance(reply, Failure) for reply in replies.values()):
             self.stop(patience=0)
         return replies
@@ -164,4 +166,4 @@ def worker(rank: int, world_size: int, port: int, connection, stack_file: pathli
                 connection.send(task.run())
             except Exception as error:
                 refused = str(error) if isinstance(error, (ValueError, TypeError)) else ""
-                connection.send(Failure(traceback.format_exc(), refused))
+                connection.send(Failure("raised", traceback.format_exc(), refused))

@@ -181,6 +181,8 @@ def _shorten(values: dict[str, Any], layers: int) -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, dict) and "model_type" in value:
             new[key] = _shorten(value, layers)
+        elif isinstance(value, dict) and value and all(str(k).isdigit() for k in value):
+            new[key] = {k: v for k, v in value.items() if int(k) < layers}
         elif not name:
             continue
         elif isinstance(value, list) and len(value) == count:

@@ -253,12 +253,22 @@ def _call(pool: Pool, trial: Trial) -> Verification | Broken:
     if refused:
         own = [text for text in refused if not re.match(r"rank \d+ failed: ", text)]
         raise ValueError((own or refused)[0])
-    rank, first = failures[0]
-    last = [line.strip() for line in first.text.strip().splitlines() if line.strip()]
-    if first.text.startswith("no answer"):
-        where = [line for line in last if line.startswith("File ")]
-        return Broken(f"rank {rank} gave no answer in {trial.timeout:.0f} s, it was at {where[0] if where else '?'}")
-    return Broken(f"rank {rank}: {last[-1]}")
+    # the others lose their connection to a rank that died, and wait for one that raised
+    order = ["died", "raised", "hung"]
+    kind = min((f.kind for _, f in failures), key=order.index)
+    texts = sorted((rank, _last(f)) for rank, f in failures if f.kind == kind)
+    if kind == "hung":
+        return Broken(f"no answer in {trial.timeout:g} s; {'; '.join(f'rank {r} was at {text}' for r, text in texts)}")
+    return Broken(f"rank {texts[0][0]}: {texts[0][1]}")
+
+
+def _last(failure: Failure) -> str:
+    """The line that says most: of an exception the last one, of a stack the innermost one of the user's code."""
+    if failure.kind == "hung":
+        frames = re.findall(r'File "(.*)", line (\d+) in (\S+)', failure.text.partition("Current thread")[2])
+        outside = [f for f in frames if "site-packages" not in f[0] and "/lib/python" not in f[0]]
+        return "{}:{} ({})".format(*(outside or frames or [("an unknown place", "?", "?")])[0])
+    return failure.text.strip().splitlines()[-1]
 
 
 def _under_torchrun(trial: Trial) -> Verification:
