@@ -59,8 +59,8 @@ class Pool:
 
     GRACE = 5.0  # seconds that the other ranks get after the first one failed
 
-    def __init__(self, world_size: int, device: str = ""):
-        self.world_size = world_size
+    def __init__(self, world_size: int, device: str = "", timeout: float = 900.0):
+        self.world_size, self.timeout = world_size, timeout  # the latter of collectives, should this process be gone
         self.on_gpus = device != "cpu" and torch.cuda.device_count() >= world_size
         self.workers: list[tuple[Any, multiprocessing.connection.Connection]] = []
 
@@ -81,7 +81,9 @@ class Pool:
         for rank in range(self.world_size):
             here, there = context.Pipe()
             process = context.Process(  # type: ignore[attr-defined]
-                target=worker, args=(rank, self.world_size, port, there, self._stack(rank), self.on_gpus), daemon=True
+                target=worker,
+                args=(rank, self.world_size, port, there, self._stack(rank), self.on_gpus, self.timeout),
+                daemon=True,
             )
             process.start()
             there.close()
@@ -103,9 +105,9 @@ class Pool:
 
     def call(self, task: Task) -> dict[int, Any]:
         """What `task.run()` returns, by rank in the order of arrival; a `Failure` for a rank that has nothing."""
-        start = time.monotonic()
         if not self.workers:
             self.start()
+        start = time.monotonic()
         for _, connection in self.workers:
             with contextlib.suppress(OSError):  # a process that ended between two tasks is noticed below
                 connection.send(task)
@@ -144,7 +146,9 @@ class Pool:
         return f"the process died{by}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
 
 
-def worker(rank: int, world_size: int, port: int, connection, stack_file: pathlib.Path, on_gpus: bool) -> None:
+def worker(
+    rank: int, world_size: int, port: int, connection, stack_file: pathlib.Path, on_gpus: bool, timeout: float
+) -> None:
     if sys.platform == "linux":  # whatever the machine's own name resolves to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
@@ -158,7 +162,7 @@ def worker(rank: int, world_size: int, port: int, connection, stack_file: pathli
             init_method=f"tcp://127.0.0.1:{port}",
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=900),
+            timeout=datetime.timedelta(seconds=timeout),
         )
         while True:
             task = connection.recv()

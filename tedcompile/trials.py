@@ -213,7 +213,7 @@ def run(trial: Trial, diagnose: bool = True) -> Verification | Broken:
     """Runs a trial in processes of its own, or in torchrun's. Raises ValueError for what any rank refuses."""
     if spawned():
         return _under_torchrun(replace(trial, options=trial.options | dict(diagnose=diagnose)))
-    with Pool(trial.mesh.world, trial.device) as pool:
+    with Pool(trial.mesh.world, trial.device, trial.timeout + 60) as pool:
         found = _call(pool, replace(trial, options=trial.options | dict(diagnose=diagnose)))
         if found.ok or not diagnose:
             return found
@@ -237,7 +237,7 @@ def _axes(trial: Trial) -> Iterator[str]:
     good: list[str] = []
     for axis, size in sizes.items():
         alone = replace(trial, mesh=MeshShape(**{axis: size}), options=trial.options | dict(diagnose=False))
-        with contextlib.suppress(ValueError), Pool(size, trial.device) as pool:
+        with contextlib.suppress(ValueError), Pool(size, trial.device, trial.timeout + 60) as pool:
             (good if _call(pool, alone).ok else bad).append(f"{axis}={size}")
     if bad or good:
         words = [f"{', '.join(axes)} {word}" for axes, word in ((bad, "differs"), (good, "agrees")) if axes]

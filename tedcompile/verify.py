@@ -98,7 +98,7 @@ def verify(
     )  # fmt: skip
     Options.of(**{k: v for k, v in wanted.items() if k != "backend"})
     devices = [torch.cuda.current_device()] if mesh.device_type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), torch.enable_grad():
         bench = _Bench(model, mesh, batch if callable(batch) else lambda step: batch, steps, tolerance)
         found = bench.attempt(wanted)
         if diagnose and not found.ok:
