@@ -5,5 +5,6 @@ from tedcompile.api import parallelize
 from tedcompile.explain import explain
 from tedcompile.mesh import data_rank, data_world
 from tedcompile.save import save_pretrained
+from tedcompile.verify import verify
 
-__all__ = ["data_rank", "data_world", "explain", "optim", "parallelize", "save_pretrained"]
+__all__ = ["data_rank", "data_world", "explain", "optim", "parallelize", "save_pretrained", "verify"]

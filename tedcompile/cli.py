@@ -1,4 +1,4 @@
-"""The command line: `tedcompile explain MODEL --mesh ep=4,tp=2` and `tedcompile calibrate`."""
+"""The command line: `tedcompile explain MODEL --mesh ep=4,tp=2`, `tedcompile verify` and `tedcompile calibrate`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from tedcompile import calibrate
+from tedcompile import calibrate, trials
+from tedcompile.compile import BACKENDS
 from tedcompile.explain import BATCH, SEQ, analyse
 from tedcompile.load import DTYPES
 from tedcompile.mesh import MeshShape
 from tedcompile.options import Options
 from tedcompile.report import Style, choose, render
+from tedcompile.verify import STEPS
 
 EPILOG = """MODEL is a transformers model type (mixtral, qwen3_moe: its default configuration), a config.json or a
 folder with one, or file.py:function, a function that returns (model, example_inputs).
 No weights, devices or processes are needed."""
+VERIFY_EPILOG = """MODEL is what `tedcompile explain` takes. The processes are started here (gloo, or NCCL with a GPU
+for each); under torchrun its processes are used. A function's example inputs are the first batch's values, shuffled for
+other ranks and steps. Exit code 2: the input cannot work."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,6 +73,36 @@ def parser() -> Parser:
     add("--memory-budget", type=float, metavar="X", help="for selective: bytes, or a fraction of what none keeps")
     add("--machine", default="", metavar="NAME", help="whose costs decide: a known machine, or a file NAME.toml")
     add("--json", action="store_true", help="print one JSON object")
+    check = commands.add_parser(
+        "verify",
+        help="plain against parallel, on this machine",
+        description="Trains a model plain and parallel on processes of this machine and compares losses, gradients and "
+        "updates, module by module. Transformers models are shrunk first. Exit code 0: they agree; 1: they do not.",
+        epilog=VERIFY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = check.add_argument
+    add("model", metavar="MODEL", help="model type, config.json, folder, or file.py:function")
+    add("--mesh", metavar="dp=1,ep=2,tp=2", help="sizes of the axes; an axis left out has size 1")
+    add("--full", action="store_true", help="the model as it is, not shrunk; of a folder with safetensors its weights")
+    add("--batch", type=int, metavar="N", help=f"sequences in one rank's batch ({trials.BATCH})")
+    add("--seq", type=int, metavar="N", help=f"positions in a sequence ({trials.SEQ})")
+    add("--dtype", metavar="NAME", help="of the parameters: fp32 (default), bf16 or fp16")
+    add("--steps", type=int, default=STEPS, metavar="N", help=f"of SGD ({STEPS})")
+    add("--seed", type=int, default=0, metavar="N", help="of the weights and batches (0)")
+    add("--tolerance", type=float, metavar="X", help="of gradients and updates, relative (fp32: 1e-5); of losses X/10")
+    add("--backend", default="eager", metavar="NAME", help="eager (default) or inductor")
+    add("--module", default="", metavar="PATH", help="a row for each parameter of a module, or of all")
+    add("--no-diagnosis", action="store_true", help="do not run again to find what makes the difference")
+    add("--timeout", type=float, default=600.0, metavar="S", help="seconds that one run may take (600)")
+    add("--device", default="", metavar="NAME", help="cpu or cuda (default: cuda with a GPU for each rank)")
+    add("--off", action="append", default=[], metavar="PASS", help="leave an optimisation out (may be repeated)")
+    add("--plan", action="append", default=[], metavar="CHOICE=VALUE", help="force a choice: dispatch, experts")
+    add("--checkpoint", default="none", metavar="KIND", help="none (default), full or selective")
+    add("--memory-budget", type=float, metavar="X", help="for selective: bytes, or a fraction of what none keeps")
+    add("--machine", default="", metavar="NAME", help="whose costs decide: a known machine, or a file NAME.toml")
+    add("--zero", type=int, default=0, metavar="N", help="ZeRO stage: 0 (default), 1, 2 or 3")
+    add("--json", action="store_true", help="print one JSON object")
     measure = commands.add_parser(
         "calibrate",
         help="measure this machine, for --machine",
@@ -75,17 +110,22 @@ def parser() -> Parser:
         "torchrun --nproc-per-node 8 --no-python tedcompile calibrate --out machine.toml",
     )
     measure.add_argument("--out", metavar="FILE.toml", help="where to write the result (default: printed)")
-    for command in (explain, measure):
+    for command in (explain, check, measure):
         known = [name for action in command._actions for name in action.option_strings if name.startswith("--")]
         command.set_defaults(known=known)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, or 2 for input that cannot work (one sentence on stderr)."""
+    """Runs a command; returns its exit code: 0, 1 where `verify` finds a difference, or 2 for input that cannot work
+    (one sentence on stderr)."""
+    code = 0
     try:
         options = parser().read(argv)
-        text = calibrate.run(options.out) if options.command == "calibrate" else _explain(options)
+        if options.command == "verify":
+            text, code = _verify(options)
+        else:
+            text = calibrate.run(options.out) if options.command == "calibrate" else _explain(options)
     except (ValueError, TypeError) as error:
         print(f"tedcompile: {error}", file=sys.stderr)
         return 2
@@ -94,12 +134,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough; nothing is left to flush at exit
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return code
 
 
-def _explain(options: argparse.Namespace) -> str:
+def _shape(options: argparse.Namespace) -> MeshShape:
     if options.mesh is None:
-        raise ValueError("explain needs --mesh, the sizes of the axes, as in --mesh ep=4,tp=2")
+        raise ValueError(f"{options.command} needs --mesh, the sizes of the axes, as in --mesh ep=4,tp=2")
     shape = MeshShape.parse(options.mesh)
     if options.dtype is not None and options.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {options.dtype!r}: choose bf16, fp16 or fp32")
@@ -107,6 +147,52 @@ def _explain(options: argparse.Namespace) -> str:
         given = [f"--{name}" for name in ("batch", "seq", "dtype") if getattr(options, name) is not None]
         if given:
             raise ValueError(f"{given[0]} is for transformers models: {options.model} makes its own inputs and weights")
+    return shape
+
+
+def _verify(options: argparse.Namespace) -> tuple[str, int]:
+    """What to print, and the exit code."""
+    shape = _shape(options)
+    for name in ("batch", "seq", "steps", "timeout", "tolerance"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} must be positive, got {value:g}")
+    if options.backend not in BACKENDS:
+        raise ValueError(f"unknown backend {options.backend!r}: choose {' or '.join(BACKENDS)}")
+    chosen = dict(
+        off=options.off, plan=_pairs(options.plan), checkpoint=options.checkpoint,
+        memory_budget=options.memory_budget, machine=options.machine, zero=options.zero,
+    )  # fmt: skip
+    Options.of(**chosen)
+    with _quiet():
+        trial, notes = trials.prepare(
+            options.model,
+            shape,
+            full=options.full,
+            batch=trials.BATCH if options.batch is None else options.batch,
+            seq=trials.SEQ if options.seq is None else options.seq,
+            dtype=DTYPES[options.dtype or "fp32"],
+            device=options.device,
+            seed=options.seed,
+            timeout=options.timeout,
+            options=chosen | dict(steps=options.steps, tolerance=options.tolerance, backend=options.backend),
+        )
+        found = trials.run(trial, diagnose=not options.no_diagnosis)
+    if isinstance(found, trials.Broken):
+        answer = {"ok": False, "notes": notes, "wrong": [found.text], "diagnosis": found.diagnosis}
+        text = "\n".join([*notes, f"FAILED: {found.text}", *found.diagnosis]) + "\n"
+    else:
+        found.notes[:0] = notes
+        answer, text = found.as_dict(), found.text(options.module)
+    if not trials.speaks():
+        text = ""
+    elif options.json:
+        text = json.dumps(answer, indent=2) + "\n"
+    return text, 0 if found.ok else 1
+
+
+def _explain(options: argparse.Namespace) -> str:
+    shape = _shape(options)
     if options.layer is not None and options.layer != "all" and not options.layer.isdigit():
         raise ValueError(f"--layer takes a number or all, not {options.layer!r}")
     with _quiet():

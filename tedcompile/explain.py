@@ -130,7 +130,7 @@ def analyse(
         "letters": letters,
         "savings": savings,
         "parameters": [_parameter(n, shape) for n in parameters_of(gm)],
-        "replicated": _replicated(ctx.replicated),
+        "replicated": replicated(ctx.replicated),
         "machine": machine.name,
         "choices": _choices(ctx),
     }
@@ -218,7 +218,7 @@ def _parameter(node: Node, mesh: MeshShape) -> dict[str, Any]:
     }
 
 
-def _replicated(found: list[tuple[Node, str]]) -> list[dict[str, str]]:
+def replicated(found: list[tuple[Node, str]]) -> list[dict[str, str]]:
     merged: dict[tuple[str, str], None] = {}
     for node, reason in found:
         role = node.meta.get("role")

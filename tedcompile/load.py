@@ -14,15 +14,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES |= {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def load(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.nn.Module, Any]:
+def load(spec: str, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> tuple[torch.nn.Module, Any]:
     """A model without weights, and its example inputs (None for a transformers model), from what a user types.
 
     `spec` is a transformers model type, a config.json or a folder with one, or `file.py:function`, where the function
-    takes no arguments and returns `(model, example_inputs)`. Raises ValueError that says what is wrong with it.
+    takes no arguments and returns `(model, example_inputs)`. On another `device` than meta the model has the values of
+    its initialisation. Raises ValueError that says what is wrong with `spec`.
     """
     file, colon, function = spec.rpartition(":")
     if colon and file.endswith(".py"):
-        return _call(Path(file), function)
+        return _call(Path(file), function, device)
+    return from_config(configuration(spec), dtype, device), None
+
+
+def configuration(spec: str) -> Any:
+    """The transformers configuration of a model type, a config.json or its folder. Raises ValueError as `load`."""
     path = Path(spec)
     if spec.endswith(".py"):
         raise ValueError(f"{spec} names no function: write {spec}:FUNCTION, which returns (model, example_inputs)")
@@ -31,7 +37,7 @@ def load(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.nn.Modul
         if not path.exists():
             raise ValueError(f"{spec} holds no config.json")
     if path.suffix == ".json" or path.is_file():
-        return from_config(_read_config(path), dtype), None
+        return _read_config(path)
     types = _transformers().CONFIG_MAPPING
     kind = spec.replace("-", "_")
     if kind not in types:
@@ -39,7 +45,7 @@ def load(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.nn.Modul
         hint = f"did you mean {' or '.join(close)}?" if close else "give a transformers model type, as mixtral,"
         rest = "" if close else " a config.json or its folder, or file.py:function"
         raise ValueError(f"unknown model {spec!r}: {hint}{rest}")
-    return from_config(types[kind](), dtype), None
+    return types[kind]()
 
 
 def _transformers():
@@ -64,11 +70,11 @@ def _read_config(path: Path) -> Any:
     try:
         return types[kind].from_dict(values)
     except Exception as error:
-        raise ValueError(f"{path} is not a configuration of {kind}: {_first_line(error)}") from None
+        raise ValueError(f"{path} is not a configuration of {kind}: {first_line(error)}") from None
 
 
-def from_config(config: Any, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
-    """The causal language model of a transformers configuration, on the meta device."""
+def from_config(config: Any, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> torch.nn.Module:
+    """The causal language model of a transformers configuration."""
     transformers = _transformers()
     if not isinstance(config, getattr(transformers, "PreTrainedConfig", transformers.PretrainedConfig)):
         raise TypeError(
@@ -77,13 +83,13 @@ def from_config(config: Any, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Mo
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise ValueError(f"transformers has no causal language model of type {config.model_type!r}")
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
-        raise ValueError(f"a model of type {config.model_type!r} cannot be built: {_first_line(error)}") from error
+        raise ValueError(f"a model of type {config.model_type!r} cannot be built: {first_line(error)}") from error
 
 
-def _call(file: Path, function: str) -> tuple[torch.nn.Module, Any]:
+def _call(file: Path, function: str, device: str) -> tuple[torch.nn.Module, Any]:
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -92,18 +98,18 @@ def _call(file: Path, function: str) -> tuple[torch.nn.Module, Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"{file} cannot be imported: {_first_line(error)}") from error
+        raise ValueError(f"{file} cannot be imported: {first_line(error)}") from error
     make = getattr(module, function, None)
     if not callable(make):
         raise ValueError(f"{file} has no function {function!r}")
     try:
         try:
-            with torch.device("meta"):
+            with torch.device(device):
                 made = make()
         except Exception:  # what reads values cannot run without them
             made = make()
     except Exception as error:
-        raise ValueError(f"{file}:{function} failed: {_first_line(error)}") from error
+        raise ValueError(f"{file}:{function} failed: {first_line(error)}") from error
     if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], torch.nn.Module):
         kinds = f"({', '.join(type(m).__name__ for m in made)})" if isinstance(made, tuple) else type(made).__name__
         raise ValueError(f"{file}:{function} must return (model, example_inputs), an nn.Module and a dict, not {kinds}")
@@ -112,6 +118,6 @@ def _call(file: Path, function: str) -> tuple[torch.nn.Module, Any]:
     return made
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

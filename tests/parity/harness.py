@@ -11,21 +11,9 @@ and compares. `Pool` keeps the processes of one world size for many cases, and s
 from __future__ import annotations
 
 import contextlib
-import datetime
-import faulthandler
 import functools
-import hashlib
 import math
-import multiprocessing
-import multiprocessing.connection
-import os
-import pathlib
-import signal
-import socket
-import sys
-import tempfile
 import time
-import traceback
 import unittest.mock
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -33,22 +21,22 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from tedcompile import compare, processes
+from tedcompile.compare import (
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    Reference,
+    differences,
+    full,
+    held,
+    local,
+    losses_of,
+)
 from tests import models
 
 STEPS, LEARNING_RATE = 3, 0.2
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
 IDLE = 3  # the expert that "starved_expert" starves
-SLOW_IMPORTS = [
-    "torch.distributed.tensor",
-    "torch.export",
-    "torch._inductor.compile_fx",
-    "transformers.modeling_utils",
-    "transformers.models.auto.modeling_auto",
-]
-
-
 # options of parallelize by name; each must give the same numbers
 OPTIONS: dict[str, dict] = {
     "": {},
@@ -190,19 +178,6 @@ def build(model: str, scenario: str, experts: int) -> tuple[nn.Module, Callable[
 # ---- the plain model
 
 
-@dataclass
-class Reference:
-    losses: list[list[Tensor]]  # [step][data rank]: the loss, and the auxiliary loss where the output has one
-    initial: dict[str, Tensor]
-    gradients: dict[str, Tensor]  # of step 1
-    updates: dict[str, Tensor]  # parameters after all steps, less the initial ones
-
-
-def losses_of(output) -> Tensor:
-    losses = [models.loss_of(output), getattr(output, "aux_loss", None)]
-    return torch.stack([loss.detach().cpu() for loss in losses if isinstance(loss, Tensor)])
-
-
 def reference(case: Case) -> Reference:
     return train_plain(case.model, case.scenario, case.experts, case.mesh[0] * case.mesh[1])
 
@@ -210,29 +185,14 @@ def reference(case: Case) -> Reference:
 @functools.lru_cache(maxsize=32)
 def train_plain(name: str, scenario: str, experts: int, data_world: int) -> Reference:
     model, batch = build(name, scenario, experts)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses, gradients = [], {}
-    for step in range(STEPS):
-        losses.append([])
-        for data_rank in range(data_world):
-            output = model(**batch(data_rank, step))
-            losses[-1].append(losses_of(output))
-            (models.loss_of(output) / data_world).backward()
-            idle = SCENARIOS[scenario].idle(experts, data_rank)
-            for n, p in model.named_parameters():
-                if step == 0 and p.dim() == 3:
-                    assert not p.grad[idle].any(), f"{name}, {scenario}: an expert of {idle} gets tokens ({n})"
-        if step == 0:
-            gradients = {n: zeros_if_none(p.grad, p).clone() for n, p in model.named_parameters()}
-        optimizer.step()
-        optimizer.zero_grad()
-    updates = {n: p.detach() - initial[n] for n, p in model.named_parameters()}
-    return Reference(losses, initial, gradients, updates)
 
+    def idle_experts_have_no_gradient(data_rank: int, step: int) -> None:
+        idle = SCENARIOS[scenario].idle(experts, data_rank)
+        for n, p in model.named_parameters():
+            if step == 0 and p.dim() == 3:
+                assert not p.grad[idle].any(), f"{name}, {scenario}: an expert of {idle} gets tokens ({n})"
 
-def zeros_if_none(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if gradient is None else gradient
+    return compare.train_plain(model, batch, data_world, STEPS, LEARNING_RATE, idle_experts_have_no_gradient)
 
 
 # ---- the parallel model
@@ -264,23 +224,15 @@ def make_mesh(sizes: tuple[int, ...], all_axes: bool, device: str):
     return dist.init_device_mesh(device, shape, mesh_dim_names=names)
 
 
-def local(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def full(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()).clone().cpu()
-
-
 def run_case(case: Case) -> dict:
     """One rank's verdict. All ranks of a world of `case.world` call it; they communicate in the same order."""
     if case.sabotage == "no_reduction":
         with unittest.mock.patch("tedcompile.passes.reduce_gradients.run", lambda gm, ctx: None):
-            return compare(case)
-    return compare(case)
+            return compare_case(case)
+    return compare_case(case)
 
 
-def compare(case: Case) -> dict:
+def compare_case(case: Case) -> dict:
     import tedcompile
     from tests.parity.volumes import Recorder, explained
 
@@ -309,7 +261,7 @@ def compare(case: Case) -> dict:
             output = model(**batch(data_rank, step))
         losses, want = losses_of(output), expected.losses[step][data_rank]
         assert losses.shape == want.shape, f"losses {losses.tolist()}, not {want.tolist()}"
-        loss_error = max(loss_error, finite(((losses - want) / want).abs().max()))
+        loss_error = max(loss_error, compare.loss_difference(losses, want))
         if recorder and step == 1:
             recorder.phase = "backward"
             with recorder:
@@ -349,10 +301,6 @@ def compare(case: Case) -> dict:
     }
 
 
-def finite(error: Tensor) -> float:
-    return error.nan_to_num(nan=math.inf).item()
-
-
 def worst(
     found: dict[str, Tensor],
     expected: dict[str, Tensor],
@@ -360,26 +308,8 @@ def worst(
     steps: int = STEPS,
     tolerance: float = GRADIENT_TOLERANCE,
 ) -> tuple[str, float]:
-    """The largest error of a tensor, relative to max(its norm, 1e-6 of the norm of all). A missing tensor is zero.
-
-    Updates are differences of `stored` fp32 parameters: one rounding of these per step is within the tolerance.
-    """
-    norms = {name: tensor.double().norm() for name, tensor in expected.items()}
-    floor = 1e-6 * torch.stack(list(norms.values())).norm()
-    errors = {}
-    for name, tensor in expected.items():
-        scale = torch.maximum(norms[name], floor)
-        if stored:
-            rounding = steps * 2**-24 * stored[name].double().norm()
-            scale = torch.maximum(scale, rounding / tolerance)
-        errors[name] = finite((zeros_if_none(found.get(name), tensor) - tensor).double().norm() / scale)
-    return max(errors.items(), key=lambda item: item[1])
-
-
-def held(parameters: Iterable[Tensor]) -> float:
-    """The part of the parameters' elements that this rank holds."""
-    sizes = [(local(p).numel(), p.numel()) for p in parameters]
-    return sum(mine for mine, _ in sizes) / max(sum(whole for _, whole in sizes), 1)
+    """The largest of `compare.differences`."""
+    return max(differences(found, expected, stored, steps, tolerance).items(), key=lambda item: item[1])
 
 
 def require_same(what: str, value) -> None:
@@ -391,107 +321,24 @@ def require_same(what: str, value) -> None:
 
 
 def drifted(model: nn.Module, mesh) -> list[str]:
-    """Parameters and buffers that are replicated over an axis and not bit-equal on its ranks."""
-    found = []
-    for axis in mesh.mesh_dim_names:
-        digests = {}
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            names = tensor.device_mesh.mesh_dim_names if isinstance(tensor, DTensor) else ()
-            if axis not in names or tensor.placements[names.index(axis)].is_replicate():
-                raw = local(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-                digests[name] = hashlib.sha256(raw).hexdigest()
-        others = [None] * mesh[axis].size()
-        dist.all_gather_object(others, digests, group=mesh.get_group(axis))
-        found += [
-            f"{n} is not bit-equal among {axis} ranks" for n in digests if any(o.get(n) != digests[n] for o in others)
-        ]
-    return found
+    return [f"{name} is not bit-equal among {axis} ranks" for name, axis in compare.drifted(model, mesh).items()]
 
 
 # ---- the processes
 
 
-class Pool:
-    """`world_size` gloo processes, started at the first case and kept. A case that raises or hangs on any rank is
-    reported with its tracebacks, and the next case gets new processes."""
-
-    GRACE = 5.0  # seconds that the other ranks get after the first one failed
-
-    def __init__(self, world_size: int):
-        self.world_size, self.workers = world_size, []
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.stop()
-
-    def start(self) -> None:
-        # Forking from a server that has imported the slow modules: seconds less for each process.
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        context.set_forkserver_preload(SLOW_IMPORTS)
-        self.stacks = tempfile.TemporaryDirectory()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        for rank in range(self.world_size):
-            here, there = context.Pipe()
-            process = context.Process(
-                target=worker, args=(rank, self.world_size, port, there, self._stack(rank)), daemon=True
-            )
-            process.start()
-            there.close()
-            self.workers.append((process, here))
-
-    def stop(self, patience: float = 5.0) -> None:
-        """Workers end when their pipe does; those that cannot, hanging in a collective, are killed."""
-        for _, connection in self.workers:
-            connection.close()
-        deadline = time.monotonic() + patience
-        for process, _ in self.workers:
-            process.join(max(0.0, deadline - time.monotonic()))
-        for process, _ in self.workers:
-            process.kill()
-            process.join()
-        if self.workers:
-            self.stacks.cleanup()
-        self.workers = []
-
+class Pool(processes.Pool):
     def run(self, cases: Iterable[Case]) -> list[dict]:
         return [self._run(case) for case in cases]
-
-    def _stack(self, rank: int) -> pathlib.Path:
-        return pathlib.Path(self.stacks.name, f"{rank}.txt")
 
     def _run(self, case: Case) -> dict:
         assert case.world == self.world_size, f"{case} needs {case.world} processes, this pool has {self.world_size}"
         start = time.monotonic()
-        if not self.workers:
-            self.start()
-        for _, connection in self.workers:
-            connection.send(case)
-        replies: dict[int, dict] = {}
-        deadline = start + case.timeout
-        waiting = {connection: rank for rank, (_, connection) in enumerate(self.workers)}
-        while waiting and time.monotonic() < deadline:
-            for connection in multiprocessing.connection.wait(list(waiting), deadline - time.monotonic()):
-                rank = waiting.pop(connection)
-                try:
-                    replies[rank] = connection.recv()
-                except EOFError:
-                    replies[rank] = {"ok": False, "error": "the process died"}
-                if "error" in replies[rank]:
-                    deadline = min(deadline, time.monotonic() + self.GRACE)
-        for rank in waiting.values():
-            replies[rank] = {"ok": False, "error": f"no answer; it was at\n{self._where(rank)}"}
-        if any("error" in reply for reply in replies.values()):
-            self.stop(patience=0)
+        replies = {
+            rank: {"ok": False, "error": reply.text} if isinstance(reply, processes.Failure) else reply
+            for rank, reply in self.call(case).items()
+        }
         return merge(replies) | {"seconds": time.monotonic() - start}
-
-    def _where(self, rank: int) -> str:
-        os.kill(self.workers[rank][0].pid, signal.SIGUSR1)
-        time.sleep(0.3)
-        return self._stack(rank).read_text() if self._stack(rank).exists() else ""
 
 
 def merge(replies: dict[int, dict]) -> dict:
@@ -511,28 +358,3 @@ def merge(replies: dict[int, dict]) -> dict:
     for key in ("worst_gradient", "worst_update"):
         result[key] = max((reply[key] for reply in replies.values()), key=lambda item: item[1])
     return result | {"ok": all(reply["ok"] for reply in replies.values()), "message": message}
-
-
-def worker(rank: int, world_size: int, port: int, connection, stack_file: pathlib.Path) -> None:
-    if sys.platform == "linux":  # whatever the machine's own name resolves to
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
-    torch.set_num_threads(1)
-    on_gpus = torch.cuda.device_count() >= world_size
-    if on_gpus:
-        torch.cuda.set_device(rank)
-    with contextlib.suppress(EOFError), stack_file.open("w") as stacks:
-        faulthandler.register(signal.SIGUSR1, file=stacks)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-            init_method=f"tcp://127.0.0.1:{port}",
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=900),
-        )
-        while True:
-            case = connection.recv()
-            try:
-                connection.send(case.run())
-            except Exception:
-                connection.send({"ok": False, "error": traceback.format_exc()})

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from tedcompile.compare import GRADIENT_TOLERANCE, LOSS_TOLERANCE, full, held, loss_difference, losses_of, zeros_if_none
 from tests import models
 from tests.parity import harness
-from tests.parity.harness import Case, Pool, build, full, make_mesh, worst
+from tests.parity.harness import Case, Pool, build, make_mesh, worst
 
 STEPS = 5
 TOLERANCE = 1e-6  # of an update on the same gradients; with SGD also GRADIENT_TOLERANCE on the plain model's own
@@ -68,10 +69,10 @@ def train_plain(case: OptimizerCase) -> tuple[list, dict, dict]:
         losses.append([])
         for data_rank in range(data_world):
             output = model(**batch(data_rank, step))
-            losses[-1].append(harness.losses_of(output))
+            losses[-1].append(losses_of(output))
             (models.loss_of(output) / data_world).backward()
         for p in model.parameters():
-            p.grad = harness.zeros_if_none(p.grad, p)
+            p.grad = zeros_if_none(p.grad, p)
         if case.clip:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             assert step or norm > CLIP, f"nothing to clip: {norm}"
@@ -98,7 +99,7 @@ def compare(case: OptimizerCase) -> dict:
     for step in range(STEPS):
         output = model(**batch(rank, step))
         want = losses[step][rank]
-        loss_error = max(loss_error, harness.finite(((harness.losses_of(output) - want) / want).abs().max()))
+        loss_error = max(loss_error, loss_difference(losses_of(output), want))
         models.loss_of(output).backward()
         for n, p in model.named_parameters():
             twin[n].grad = full(p.grad)
@@ -119,9 +120,9 @@ def compare(case: OptimizerCase) -> dict:
     if on_same[1] > TOLERANCE:
         wrong.append(f"update of {on_same[0]} differs by {on_same[1]:.1e} on the same gradients")
     # Adam makes full steps of gradients that are zero but for rounding (of a key's bias): only SGD's are compared
-    if case.rule == "sgd" and on_plain[1] > harness.GRADIENT_TOLERANCE:
+    if case.rule == "sgd" and on_plain[1] > GRADIENT_TOLERANCE:
         wrong.append(f"update of {on_plain[0]} differs by {on_plain[1]:.1e}")
-    if loss_error > 10 * harness.LOSS_TOLERANCE:
+    if loss_error > 10 * LOSS_TOLERANCE:
         wrong.append(f"loss differs by {loss_error:.1e}")
     wrong += harness.drifted(model, mesh)
     params = list(model.parameters())
@@ -131,10 +132,10 @@ def compare(case: OptimizerCase) -> dict:
         "loss_error": loss_error,
         "worst_gradient": on_same,
         "worst_update": on_plain,
-        "param_fraction": harness.held(params),
-        "expert_fraction": harness.held(p for p in params if p.dim() == 3),
+        "param_fraction": held(params),
+        "expert_fraction": held(p for p in params if p.dim() == 3),
         "state_fraction": state / max(2 * sum(p.numel() for p in params), 1),
-        "gradient_fraction": harness.held(p.grad for p in params),
+        "gradient_fraction": held(p.grad for p in params),
         "message": "; ".join(wrong),
     }
 

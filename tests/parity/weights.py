@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tedcompile.compare import finite, full, held, local
 from tests import models
-from tests.parity import harness
-from tests.parity.harness import Case, full, make_mesh, require_same
+from tests.parity.harness import Case, make_mesh, require_same
 
 TOLERANCE = 1e-5  # of logits, relative to their largest
 
@@ -81,7 +81,7 @@ def compare(case: WeightsCase) -> dict:
 
     def judge(what: str, found: Tensor, expected: Tensor) -> None:
         nonlocal loss_error
-        error = harness.finite((found - expected).abs().max() / expected.abs().max())
+        error = finite((found - expected).abs().max() / expected.abs().max())
         loss_error = max(loss_error, error)
         if error > TOLERANCE:
             wrong.append(f"{what}: logits differ by {error:.1e}")
@@ -138,8 +138,8 @@ def verdict(wrong: list[str], model: nn.Module, loss_error: float = 0.0) -> dict
         "loss_error": loss_error,
         "worst_gradient": nothing,
         "worst_update": nothing,
-        "param_fraction": harness.held(model.parameters()),
-        "expert_fraction": harness.held(p for p in model.parameters() if p.dim() == 3),
+        "param_fraction": held(model.parameters()),
+        "expert_fraction": held(p for p in model.parameters() if p.dim() == 3),
         "message": "; ".join(wrong),
     }
 
@@ -197,7 +197,7 @@ def fail(case: WeightsCase) -> dict:
 
     with torch.no_grad():
         for p in model.parameters():
-            harness.local(p).add_(1)
+            local(p).add_(1)
     full_disk = unittest.mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     with refused("No space left on device"), full_disk if rank == 0 else contextlib.nullcontext():
         tedcompile.save_pretrained(model, folder)
