@@ -1,7 +1,7 @@
 """Random ops draw from a seed that is an input of the graph.
 
 Before:  y = dropout(x, 0.1, True)
-After:   y = x * (rand(x, seed, salt, "uniform", axis) >= 0.1) / 0.9
+After:   y = x * (rand(x, site(seed, 0), "uniform", axis) >= 0.1) / 0.9
 
 So tp ranks draw the same numbers for a value they replicate (axis "") and different ones for their parts of a split
 value (axis "tp"), data ranks draw their own, and a replay draws again what it drew. `expand` writes attention with
@@ -90,7 +90,7 @@ def _dropout(draw, x, p, train=True):
 
 
 def run(gm: GraphModule, ctx) -> None:
-    graph, seed, salt = gm.graph, None, 0
+    graph, seed, number = gm.graph, None, 0
     for node in list(graph.nodes):
         if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
             continue
@@ -110,14 +110,17 @@ def run(gm: GraphModule, ctx) -> None:
         layout = node.meta["layout"]
         axis = "tp" if layout.kind == "S" else ""
 
+        with graphs.after(graph, seed):
+            own = graphs.call(graph, ops.site.default, (seed, number), seed)
+            own.meta["layout"] = R
         with graph.inserting_before(node):
-            new = _emit(graph, replace, node, seed, salt, axis)
+            new = _emit(graph, replace, node, own, axis)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-        salt += 1
+        number += 1
 
 
-def _emit(graph: Graph, replace: Callable, node: Node, seed: Node, salt: int, axis: str) -> Node:
+def _emit(graph: Graph, replace: Callable, node: Node, seed: Node, axis: str) -> Node:
     dtype = val(node).dtype
     kwargs = {k: v for k, v in node.kwargs.items() if k not in ("generator", "memory_format", "pin_memory", "layout")}
     if node.target in (aten.rand_like.default, aten.randn_like.default):
@@ -125,7 +128,7 @@ def _emit(graph: Graph, replace: Callable, node: Node, seed: Node, salt: int, ax
 
     def function(source, *args, **kw):
         def draw(like, kind):
-            return ops.rand.default(like, source, salt, kind, axis)
+            return ops.rand.default(like, source, kind, axis)
 
         return aten.to.dtype(replace(draw, *args, **kw), dtype)
 

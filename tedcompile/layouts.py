@@ -314,7 +314,7 @@ def _dropout(c: Call) -> Layout:
 @rule(ops.rand.default)
 def _rand(c: Call) -> Layout:
     layout = c.layout(c.node.args[0])
-    if (layout.kind == "S") != (c.node.args[4] == "tp"):
+    if (layout.kind == "S") != (c.node.args[3] == "tp"):
         raise NoRule("random numbers of tp ranks must differ exactly where the value is split")
     return layout if layout.kind == "S" else R
 

@@ -143,7 +143,7 @@ def test_vjps_by_gradcheck():
 
 def test_rand_replays_and_differs():
     like = torch.zeros(50, 40)
-    draw = lambda seed, salt: ops.rand(like, torch.tensor(seed), salt, "uniform", "")
+    draw = lambda seed, salt: ops.rand(like, ops.site(torch.tensor(seed), salt), "uniform", "")
     assert torch.equal(draw(1, 2), draw(1, 2))
     assert not torch.equal(draw(1, 2), draw(1, 3)) and not torch.equal(draw(1, 2), draw(2, 2))
     assert draw(1, 2).min() >= 0 and draw(1, 2).max() < 1 and abs(draw(1, 2).mean() - 0.5) < 0.03

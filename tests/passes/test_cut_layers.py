@@ -106,3 +106,28 @@ def test_a_value_goes_before_the_call_that_reads_it_last():
 
     run = cut_layers.Outer(GraphModule(holder, graph), dict(twice=double, look=look, take=take))
     assert run([torch.ones(2)])[0].tolist() == [3, 3]
+
+
+def test_dropout_does_not_make_layers_differ():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return x + nn.functional.dropout(self.down(self.up(x).relu()), 0.5)
+
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Layer() for _ in range(4)])
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x.square().mean()
+
+    forward, _ = joint.parts(Dropped(), dict(x=torch.ones(6, 8)), MeshShape())
+    cut = cut_layers.run(forward)
+    rand = [sum("rand" in str(n.target) for n in s.graph.nodes) for s in cut.segments]
+    assert sorted(rand)[-1] == 1 and len(cut.form) - len(cut.segments) >= 2

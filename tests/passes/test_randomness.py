@@ -120,20 +120,28 @@ def test_a_seed_decides_all_numbers(monkeypatch):
             assert abs(torch.corrcoef(pair)[0, 1]) < SIGMAS / math.sqrt(pair.shape[1])
 
 
+NEVER = lambda site, axis: (site, "")
+
+
+def _first(site):
+    site.args = (site.args[0], 0)
+    return site
+
+
 @pytest.mark.parametrize(
     "mutant, message",
     [
-        (lambda salt, axis: (salt, ""), "should be independent"),  # split values get the same numbers
-        (lambda salt, axis: (salt, "tp"), "draw others for the same"),  # replicated ones do not
-        (lambda salt, axis: (0, axis), "should be independent"),  # all values get the same numbers
+        (NEVER, "should be independent"),  # split values get the same numbers
+        (lambda site, axis: (site, "tp"), "draw others for the same"),  # replicated ones do not
+        (lambda site, axis: (_first(site), axis), "should be independent"),  # all values get the same numbers
     ],
-    ids=["never_by_rank", "always_by_rank", "one_salt"],
+    ids=["never_by_rank", "always_by_rank", "one_site"],
 )
 def test_a_wrong_pass_fails(mutant: Callable, message: str, monkeypatch):
     emit = randomness._emit
-    wrong = lambda graph, replace, node, seed, salt, axis: emit(graph, replace, node, seed, *mutant(salt, axis))
+    wrong = lambda graph, replace, node, site, axis: emit(graph, replace, node, *mutant(site, axis))
     monkeypatch.setattr(randomness, "_emit", wrong)
-    if message == "draw others for the same" or mutant(1, "tp")[1] == "":
+    if message == "draw others for the same" or mutant is NEVER:
         with pytest.raises(AssertionError, match="must differ exactly where the value is split"):
             draws(monkeypatch)  # the checker sees it, too
     monkeypatch.setattr(check, "run", lambda gm, ctx: None)
