@@ -1,4 +1,4 @@
-"""The command line: `tedcompile explain MODEL --mesh ep=4,tp=2` and `tedcompile calibrate`."""
+"""The command line: `tedcompile explain MODEL --mesh ep=4,tp=2`, `tedcompile train` and `tedcompile calibrate`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from tedcompile import calibrate
+from tedcompile import calibrate, settings
 from tedcompile.explain import BATCH, DTYPES, SEQ, Style, analyse, choose, render
 from tedcompile.mesh import MeshShape
 from tedcompile.options import Options
@@ -73,7 +73,14 @@ def parser() -> Parser:
         "torchrun --nproc-per-node 8 --no-python tedcompile calibrate --out machine.toml",
     )
     measure.add_argument("--out", metavar="FILE.toml", help="where to write the result (default: printed)")
-    for command in (explain, measure):
+    train = commands.add_parser(
+        "train",
+        help="train a model on local files",
+        description="Trains a model on local files, on one process or under torchrun: "
+        "torchrun --nproc-per-node 8 --no-python tedcompile train --model FOLDER --data PATH --mesh ep=4,tp=2",
+    )
+    settings.add_options(train.add_argument)
+    for command in (explain, measure, train):
         known = [name for action in command._actions for name in action.option_strings if name.startswith("--")]
         command.set_defaults(known=known)
     return top
@@ -83,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, or 2 for input that cannot work (one sentence on stderr)."""
     try:
         options = parser().read(argv)
-        text = calibrate.run(options.out) if options.command == "calibrate" else _explain(options)
+        text = COMMANDS[options.command](options)
     except (ValueError, TypeError) as error:
         print(f"tedcompile: {error}", file=sys.stderr)
         return 2
@@ -130,6 +137,24 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
         if "=" not in text:
             raise ValueError(f"--plan takes CHOICE=VALUE, as in dispatch=all_gather, not {text!r}")
     return dict(text.split("=", 1) for text in texts)  # type: ignore[misc]
+
+
+def _train(options: argparse.Namespace) -> str:
+    given = {n: v for n in settings.FIELDS if (v := getattr(options, n)) is not None}
+    chosen = settings.Settings.of(given, options.config or "")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tedcompile import train
+
+    train.run(chosen)
+    return ""
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
+    "explain": lambda options: _explain(options),
+    "calibrate": lambda options: calibrate.run(options.out),
+    "train": _train,
+}
 
 
 @contextlib.contextmanager

@@ -235,15 +235,17 @@ def _sent(rows: list[dict]) -> dict[str, int]:
 # ---- models by name -------------------------------------------------------------------------------------------------
 
 
-def load(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.nn.Module, Any]:
+def load(spec: str, dtype: torch.dtype = torch.bfloat16, weights: bool = False) -> tuple[torch.nn.Module, Any]:
     """A model without weights, and its example inputs (None for a transformers model), from what a user types.
+
+    `weights`: what a function returns keeps its own.
 
     `spec` is a transformers model type, a config.json or a folder with one, or `file.py:function`, where the function
     takes no arguments and returns `(model, example_inputs)`. Raises ValueError that says what is wrong with it.
     """
     file, colon, function = spec.rpartition(":")
     if colon and file.endswith(".py"):
-        return _call(Path(file), function)
+        return _call(Path(file), function, weights)
     path = Path(spec)
     if spec.endswith(".py"):
         raise ValueError(f"{spec} names no function: write {spec}:FUNCTION, which returns (model, example_inputs)")
@@ -304,7 +306,7 @@ def from_config(config: Any, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Mo
         raise ValueError(f"a model of type {config.model_type!r} cannot be built: {_first_line(error)}") from error
 
 
-def _call(file: Path, function: str) -> tuple[torch.nn.Module, Any]:
+def _call(file: Path, function: str, weights: bool) -> tuple[torch.nn.Module, Any]:
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -319,7 +321,7 @@ def _call(file: Path, function: str) -> tuple[torch.nn.Module, Any]:
         raise ValueError(f"{file} has no function {function!r}")
     try:
         try:
-            with torch.device("meta"):
+            with torch.device("cpu" if weights else "meta"):
                 made = make()
         except Exception:  # what reads values cannot run without them
             made = make()
