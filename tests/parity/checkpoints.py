@@ -53,7 +53,7 @@ def build(case: ResumedRun, seed: int):
     decay = [p for p in model.parameters() if p.dim() > 1]
     groups = [{"params": decay}, {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     forms: dict[str, dict] = {
-        "tiled": dict(max_grad_norm=0.5, tile_bytes=1 << 16),
+        "tiled": dict(tile_bytes=1 << 16),
         "bf16-split": dict(master="split", offload="cpu", tile_bytes=1 << 16),
         "int8": dict(moments="int8", tile_bytes=1 << 16),
     }
