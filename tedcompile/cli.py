@@ -80,7 +80,23 @@ def parser() -> Parser:
         "torchrun --nproc-per-node 8 --no-python tedcompile train --model FOLDER --data PATH --mesh ep=4,tp=2",
     )
     settings.add_options(train.add_argument)
-    for command in (explain, measure, train):
+    experts = commands.add_parser(
+        "experts",
+        help="checkpoints with more or fewer experts",
+        description="experts merge A B --out C: the experts of both, and their routers' rows. "
+        "experts prune A --out C --keep N: the experts that held-out data use most (or random ones), in each layer.",
+    )
+    experts.add_argument("what", metavar="merge|prune", choices=("merge", "prune"))
+    experts.add_argument("folders", metavar="FOLDER", nargs="+", help="Hugging Face folders with safetensors files")
+    experts.add_argument("--out", metavar="FOLDER", required=True, help="where to write the result")
+    experts.add_argument("--dense", metavar="KIND", default="first", help="merge: other weights: first or mean")
+    experts.add_argument("--keep", metavar="N", type=int, help="prune: how many experts stay")
+    experts.add_argument("--by", metavar="KIND", default="utilisation", help="prune: utilisation or random")
+    experts.add_argument("--data", metavar="PATH", nargs="+", default=[], help="prune: held-out text to count on")
+    experts.add_argument("--batches", metavar="N", type=int, default=16, help="prune: sequences of it (16)")
+    experts.add_argument("--seq", metavar="N", type=int, default=512, help="prune: their tokens (512)")
+    experts.add_argument("--seed", metavar="N", type=int, default=0, help="prune: of random ones")
+    for command in (explain, measure, train, experts):
         known = [name for action in command._actions for name in action.option_strings if name.startswith("--")]
         command.set_defaults(known=known)
     return top
@@ -150,10 +166,25 @@ def _train(options: argparse.Namespace) -> str:
     return ""
 
 
+def _experts(options: argparse.Namespace) -> str:
+    from tedcompile import experts
+
+    wanted = {"merge": 2, "prune": 1}[options.what]
+    if len(options.folders) != wanted:
+        raise ValueError(f"experts {options.what} takes {wanted} folders, not {len(options.folders)}")
+    if options.what == "merge":
+        return experts.merge(options.folders[0], options.folders[1], options.out, options.dense)
+    if options.keep is None:
+        raise ValueError("experts prune needs --keep, how many experts stay in each layer")
+    o = options
+    return experts.prune(o.folders[0], o.out, o.keep, o.by, o.data, o.batches, o.seq, o.seed)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "explain": lambda options: _explain(options),
     "calibrate": lambda options: calibrate.run(options.out),
     "train": _train,
+    "experts": _experts,
 }
 
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 TEXT, IDS = "text", ("input_ids", "tokens")  # names of columns
+FILES = ("tokenizer", "vocab", "merges", "special_tokens", "chat_template")  # what names of a tokenizer's start with
 DTYPES = {"u1": torch.uint8, "i4": torch.int32}
 
 
@@ -57,10 +59,17 @@ def tokenizer(spec: str) -> Tokenizer:
             found = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     except Exception as error:
         raise ValueError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from None
-    files = sorted(p for p in folder.iterdir() if p.name.startswith(("tokenizer", "vocab", "merges", "special_tokens")))
-    mark = hashlib.sha256(b"".join(p.read_bytes() for p in files if p.is_file())).hexdigest()
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.startswith(FILES))
+    mark = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
     encode = functools.partial(found.encode, add_special_tokens=False, verbose=False)
     return Tokenizer(str(folder), mark, encode, found.eos_token_id)
+
+
+def copy_tokenizer(source: str, target: str) -> None:
+    """The files of a folder's tokenizer, where there are some."""
+    for path in Path(source).iterdir() if Path(source).is_dir() else ():
+        if path.is_file() and path.name.startswith(FILES):
+            shutil.copy(path, target)
 
 
 # ---- documents of files

@@ -73,6 +73,26 @@ def save_pretrained(model: torch.nn.Module, folder: str | os.PathLike, *, max_sh
             shutil.rmtree(stage, ignore_errors=True)
 
 
+def write_folder(
+    model: torch.nn.Module, state: Mapping[str, Lazy], folder: str | os.PathLike, max_shard_size: int = 5_000_000_000
+) -> None:
+    """The same of one process: a model without weights, and its tensors by name, which are read one at a time."""
+    folder = Path(folder)
+    stage = folder / STAGE
+    tensors = frontends.to_checkpoint(model, dict(state))
+    files = _files(tensors, max_shard_size)
+    try:
+        stage.mkdir(parents=True, exist_ok=True)
+        frontends.save_config(model, stage)
+        for file, names in files.items():
+            _write(stage / file, {n: tensors[n] for n in names}, True)
+        _publish(folder, files, tensors)
+    except OSError as error:
+        raise ValueError(f"the model cannot be saved to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
 def _together(runtime: Runtime, work, folder: Path) -> None:
     def named() -> None:
         try:

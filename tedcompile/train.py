@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -268,7 +267,7 @@ class Run:
             log.say(f"asked to end: saved after step {step} in {checkpoints.folder}")
         elif settings.export:
             save_pretrained(model, settings.export)
-            self._first(self._export_tokenizer)
+            self._first(lambda: data.copy_tokenizer(settings.tokenizer or settings.model, settings.export))
             log.say(f"the model is in {settings.export}")
         log.close()
 
@@ -337,12 +336,6 @@ class Run:
             return None
         size = DTYPES[self.settings.dtype].itemsize
         return self.flops * speed / dist.get_world_size() / self.runtime.machine.rate(size)
-
-    def _export_tokenizer(self) -> None:
-        source = Path(self.settings.tokenizer or self.settings.model)
-        for path in source.iterdir() if source.is_dir() else ():
-            if path.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "chat_template")):
-                shutil.copy(path, self.settings.export)
 
 
 def _raise(error: Exception | None) -> None:

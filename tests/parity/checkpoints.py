@@ -28,6 +28,8 @@ class ResumedRun(Case):
     others: tuple[tuple[tuple[int, int, int], int, str], ...] = ()  # mesh, ZeRO stage, optimizer
     same: bool = True  # and on the same mesh, bit by bit
 
+    timeout = 900.0
+
     def __str__(self) -> str:
         others = [f"{'x'.join(map(str, mesh))}zero{zero}{name}" for mesh, zero, name in self.others]
         return "-".join([super().__str__(), f"zero{self.zero}", self.optimizer, *others])
@@ -42,7 +44,7 @@ def build(case: ResumedRun, seed: int):
     import tedcompile
     from tedcompile.optim import TiledAdamW
 
-    kind = dict(num_hidden_layers=1) if case.model in models.families(8) else {}
+    kind = dict(num_hidden_layers=1) if case.model in models.families(8) else dict(layers=1)
     model, make_batch = models.MODELS[case.model](**kind)
     if seed:
         torch.manual_seed(seed)

@@ -7,10 +7,10 @@ import pytest
 from tests.parity.checkpoints import ResumedRun
 
 CASES = [
-    ResumedRun("qwen3_moe", (1, 2, 2), zero=1, others=(((2, 2, 1), 0, "tiled"), ((2, 1, 2), 3, "tiled"))),
-    ResumedRun("gpt_oss", (2, 2, 1), zero=2, others=(((1, 2, 2), 1, "tiled"),)),
-    ResumedRun("nano_moe", (2, 1, 2), zero=1, optimizer="bf16-split", others=(((1, 4, 1), 2, "bf16-split"),)),
-    ResumedRun("mixtral", (1, 4, 1), zero=0, optimizer="torch", others=(((1, 4, 1), 2, "tiled"),)),
+    ResumedRun("qwen3_moe", (1, 2, 2), zero=1, others=(((2, 2, 1), 3, "tiled"),)),
+    ResumedRun("nano_moe", (2, 1, 2), zero=2, others=(((1, 4, 1), 1, "tiled"), ((1, 2, 2), 0, "tiled"))),
+    ResumedRun("nano_moe", (1, 4, 1), zero=0, optimizer="torch", others=(((1, 4, 1), 3, "tiled"),)),
+    ResumedRun("nano_moe", (2, 2, 1), zero=1, optimizer="bf16-split"),
     ResumedRun("nano_moe", (2, 2, 1), zero=2, optimizer="int8"),
 ]
 
