@@ -59,8 +59,8 @@ class Checkpoints:
         keep: how many checkpoints stay; older ones are removed when a new one is whole.
 
     Kept besides: the random state of each rank (restored where the number of ranks is the same, else rank 0's), and the
-    keywords of `save`. Every rank calls every method. The same mesh goes on bit by bit; int8 moments, whose blocks
-    belong to one mesh, are read from fp32 and rounded again.
+    keywords of `save`. Every rank calls every method. On the same mesh a run goes on bit by bit (with deterministic
+    kernels); int8 moments, whose blocks belong to one mesh, are rounded again on another.
     """
 
     def __init__(

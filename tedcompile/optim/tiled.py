@@ -403,7 +403,7 @@ class Tiled(torch.optim.Optimizer):
                 for name, stored in states.items():
                     value = found[name]
                     value = value.mean(-1, keepdim=True) if stored.arrays[0][1] == 1 else value
-                    made += stored.encode(value, torch.full_like(value, 0.5))
+                    made += stored.restore(value)
                 for array, new in zip(kept.arrays, made, strict=True):
                     array[own : own + rows].copy_(new)
         self._active, self._all = (), False
