@@ -211,13 +211,14 @@ def digest(paths: Sequence[Path], tokenizer: Tokenizer) -> str:
 def tokenise(paths: Sequence[Path], tokenizer: Tokenizer, folder: Path, vocabulary: int | None) -> Path:
     """Writes the ids of all documents into a file of `folder`, unless it is there; returns it.
 
-    Raises ValueError for an id that the model's vocabulary does not have, and when the disk is full.
+    Its name says what it was made of and, last, what it holds (`contents`). Raises ValueError for an id that the model's
+    vocabulary does not have, and when the disk is full.
     """
     kind = "u1" if (vocabulary or 1 << 30) <= 256 else "i4"
-    target = folder / f"tokens-{digest(paths, tokenizer)}-{vocabulary or 0}.{kind}"
-    if target.exists():
-        return target
-    stage = folder / f".{target.name}.{os.getpid()}"
+    name = f"tokens-{digest(paths, tokenizer)}-{vocabulary or 0}"
+    for known in folder.glob(f"{name}-*.{kind}"):
+        return known
+    stage, total = folder / f".{name}.{os.getpid()}", hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with stage.open("wb") as out:
@@ -235,15 +236,23 @@ def tokenise(paths: Sequence[Path], tokenizer: Tokenizer, folder: Path, vocabula
                             f"{path}: {maker} token id {high if low >= 0 else low}, the model's vocabulary has "
                             f"{vocabulary or 1 << 31:,}"
                         )
-                    out.write(memoryview(ids.to(DTYPES[kind]).numpy()))
+                    block = memoryview(ids.to(DTYPES[kind]).numpy())
+                    total.update(block)
+                    out.write(block)
             out.flush()
             os.fsync(out.fileno())
+        target = folder / f"{name}-{total.hexdigest()[:16]}.{kind}"
         stage.rename(target)
     except OSError as error:
         raise ValueError(f"the tokens cannot be written to {folder}: {error}") from None
     finally:
         stage.unlink(missing_ok=True)
     return target
+
+
+def contents(file: Path) -> str:
+    """A hash of the ids in a file of `tokenise`."""
+    return file.stem.rpartition("-")[2]
 
 
 @dataclass

@@ -181,7 +181,7 @@ class Run:
             if not self.held_out:
                 raise ValueError(f"--eval-data: {source.count} sequences are less than one micro-batch")
             self.held_out_data = source
-        self.config["tokens"] = found[0].file.name
+        self.config["tokens"] = data.contents(found[0].file)
 
     def _first(self, work: Any) -> Any:
         """What rank 0 makes, for all ranks; ValueError on all of them when it fails."""

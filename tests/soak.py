@@ -112,8 +112,13 @@ def check(expected: dict[int, float], found: dict[int, float], last_seen: int, r
     return wrong
 
 
-def broken(place: pathlib.Path, out: str, mesh: str, ranks: int, moment) -> tuple[dict[int, float], list[str]]:
-    """A run in which one rank is killed when `moment(process, folder)` returns. Its losses, and what went wrong."""
+def broken(
+    place: pathlib.Path, out: str, mesh: str, ranks: int, moment, then=None
+) -> tuple[dict[int, float], list[str]]:
+    """A run in which one rank is killed when `moment(process, folder)` returns. Its losses, and what went wrong.
+
+    With `then`, the launcher is asked to end when `then(process, folder)` returns.
+    """
     process = launch(place, out, mesh, ranks)
     wrong = []
     try:
@@ -127,8 +132,11 @@ def broken(place: pathlib.Path, out: str, mesh: str, ranks: int, moment) -> tupl
             os.kill(random.choice(first), signal.SIGKILL)
         wait_for(process, lambda: any(p not in first for p in workers(process.pid)))
         second = workers(process.pid)
+        if then:
+            then(process, place / out)
+            process.send_signal(signal.SIGTERM)
         code = finish(process, 300)
-        if code:
+        if code and not then:
             wrong.append(f"exit code {code}: {(place / f'{out}.log').read_text()[-2000:]}")
         left = [p for p in {*first, *second} if pathlib.Path(f"/proc/{p}/cmdline").exists()]
         if left:

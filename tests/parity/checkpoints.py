@@ -5,6 +5,7 @@ Each step takes the same micro-batches, dealt over the data ranks and accumulate
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 
@@ -134,3 +135,75 @@ def compare(case: ResumedRun) -> dict:
         "expert_fraction": 0.0,
         "message": "; ".join(wrong),
     }
+
+
+PLAIN = """
+import torch
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(256, 16), torch.nn.Linear(16, 256)
+        with torch.no_grad():
+            self.embed.weight[255] = float("nan")  # a token that the text has not
+
+    def forward(self, idx, targets):
+        return torch.nn.functional.cross_entropy(self.head(self.embed(idx)).flatten(0, 1), targets.flatten())
+
+def build():
+    return Model(), {"idx": torch.zeros(2, 8, dtype=torch.int64), "targets": torch.zeros(2, 8, dtype=torch.int64)}
+"""
+
+
+@dataclass(frozen=True)
+class OneRankFails(Case):
+    """`tedcompile train` on each rank; what goes wrong on one ends all of them, by a sentence that names the rank."""
+
+    def run(self) -> dict:
+        from tedcompile import train
+        from tedcompile.settings import Settings
+
+        place, wrong, rank = shared_folder(), [], dist.get_rank()
+        if rank == 0:
+            (place / "model.py").write_text(PLAIN)
+            (place / "text.txt").write_text("some words. " * 100)
+            (place / "bad.jsonl").write_text(json.dumps({"text": "x" * 999}) + "\n{")
+        dist.barrier()
+        mesh = make_mesh(self.mesh, True, "cpu")
+
+        def nan(run, numbers):
+            return torch.full((2, 9), 255)
+
+        def shorter(run, numbers):
+            return torch.zeros(2, 5, dtype=torch.int64)
+
+        def gone(run, numbers):
+            raise ValueError("the file has no more sequences")
+
+        def refused(what: str, text: str, read=None, **options) -> None:
+            chosen = dict(
+                model=f"{place / 'model.py'}:build", data=(str(place / "text.txt"),), out=str(place / "run"), seq=8,
+                batch=2, dtype="fp32", backend="eager", steps=2, save_every=1, zero=0,
+            )  # fmt: skip
+            try:
+                run = train.Run(Settings(**{**chosen, **options}), mesh, [])
+                if rank == 1:
+                    run.train_data.read = lambda number: read(run, number)
+                run.train()
+                found = "nothing"
+            except ValueError as error:
+                found = str(error)
+            if text not in found:
+                wrong.append(f"{what}: {found}")
+
+        refused("nan", "rank 1 (data rank 1): the loss of step 1 is nan", nan)
+        ours = "the file has no more sequences"
+        refused("no data", ours if rank == 1 else f"rank 1 failed: ValueError: {ours}", gone)
+        refused("shapes", "rank 0 has", shorter)
+        refused("a bad file", "bad.jsonl, line 2 is not JSON", data=(str(place / "bad.jsonl"),))
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(place)
+        nothing = ("", 0.0)
+        return {"ok": not wrong, "loss_error": 0.0, "worst_gradient": nothing, "worst_update": nothing,
+                "param_fraction": 0.0, "expert_fraction": 0.0, "message": "; ".join(wrong)}  # fmt: skip

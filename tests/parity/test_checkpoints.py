@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parity.checkpoints import ResumedRun
+from tests.parity.checkpoints import OneRankFails, ResumedRun
 
 CASES = [
     ResumedRun("qwen3_moe", (1, 2, 2), zero=1, others=(((2, 2, 1), 3, "tiled"),)),
@@ -18,4 +18,9 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_goes_on_as_without_a_break(run, case):
     result = run(case)
+    assert result["ok"], result["message"]
+
+
+def test_what_goes_wrong_on_one_rank_ends_all(run):
+    result = run(OneRankFails("", (2, 1, 1)))
     assert result["ok"], result["message"]
