@@ -200,8 +200,10 @@ class Checkpoints:
         for name, t in _once(self.model).items():
             yield from self._held(f"model/{name}", t)
         if isinstance(self.optimizer, Tiled):
+            shared = {slot: k.bucket.shards > 1 for k in self.optimizer.kept for slot in k.bucket.slots}  # ZeRO-1
             for slot, state, low, values in self.optimizer.parts():
-                yield from self._flat(f"optimizer/{self.names[id(slot.param)]}/{state}", slot, low, values)
+                own = share(slot.param).axes if shared[slot] else ()
+                yield from self._flat(f"optimizer/{self.names[id(slot.param)]}/{state}", slot, own, low, values)
             for slot, step in self.optimizer.steps():
                 if step:
                     name = f"optimizer/{self.names[id(slot.param)]}/step"
@@ -223,21 +225,15 @@ class Checkpoints:
                 yield name, t.shape, there, cut(local, here)
 
     def _flat(
-        self, name: str, slot: Slot, low: int, values: Tensor
+        self, name: str, slot: Slot, own: Sequence[str], low: int, values: Tensor
     ) -> Iterator[tuple[str, Sequence[int], Region, Tensor]]:
-        """Elements of a local tensor in row-major order, from `low` on."""
-        own = share(slot.param).axes if self._shared(slot) else ()
+        """Elements of a local tensor in row-major order, from `low` on, of which the ranks along `own` have others."""
         if self._writes(name, slot.grad, own):
             for region in spans(compat.local_tensor(slot.grad).shape, low, low + values.numel()):
                 sizes = [b - a for a, b in region]
                 block, values = values[: math.prod(sizes)].view(sizes), values[math.prod(sizes) :]
                 for there, here in places(_part(slot.grad), region):
                     yield name, slot.grad.shape, there, cut(block, here)
-
-    def _shared(self, slot: Slot) -> bool:
-        """Whether the ranks that hold copies keep different rows of the state (ZeRO)."""
-        kept = next(k for k in self.optimizer.kept if slot in k.bucket.slots)  # type: ignore[union-attr]
-        return kept.bucket.shards > 1
 
     def _writes(self, name: str, t: Tensor, own: Sequence[str] = ()) -> bool:
         """Whether it is this rank, among those with copies, that writes a tensor; on the axes `own` there are none."""
@@ -292,6 +288,7 @@ class Checkpoints:
         def work() -> None:
             for name, t in _once(self.model).items():
                 compat.local_tensor(t).copy_(source.part(f"model/{name}", t))
+                torch.autograd.graph.increment_version(t)  # as copy_ on the whole: an optimizer may look
             if self.optimizer is not None:
                 self._restore_optimizer(source, self.optimizer)
             for schedule, state in zip(self.schedules, source.facts["schedules"], strict=True):

@@ -211,8 +211,8 @@ def digest(paths: Sequence[Path], tokenizer: Tokenizer) -> str:
 def tokenise(paths: Sequence[Path], tokenizer: Tokenizer, folder: Path, vocabulary: int | None) -> Path:
     """Writes the ids of all documents into a file of `folder`, unless it is there; returns it.
 
-    Its name says what it was made of and, last, what it holds (`contents`). Raises ValueError for an id that the model's
-    vocabulary does not have, and when the disk is full.
+    Its name says what it was made of and, last, what it holds (`contents`). Raises ValueError for an id that the
+    model's vocabulary does not have, and when the disk is full.
     """
     kind = "u1" if (vocabulary or 1 << 30) <= 256 else "i4"
     name = f"tokens-{digest(paths, tokenizer)}-{vocabulary or 0}"

@@ -36,7 +36,14 @@ FIXED = ("seq", "batch", "micro_batches", "seed")  # what the list of micro-batc
 def run(settings: Settings) -> None:
     """Trains; returns when the last step is saved, or after the step in which SIGTERM came. Raises ValueError."""
     with _processes(settings) as mesh, _termination() as stop:
-        Run(settings, mesh, stop).train()
+        try:
+            Run(settings, mesh, stop).train()
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"rank {dist.get_rank()} is out of memory ({str(error).splitlines()[0]}); less is needed with a smaller "
+                "--batch (and more --micro-batches), --checkpoint full, --zero 3, --master split, --moments bf16, "
+                "--offload cpu, or a larger tp"
+            ) from None
 
 
 @contextlib.contextmanager

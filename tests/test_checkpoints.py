@@ -253,3 +253,16 @@ def test_refuses_another_model_optimizer_or_value(two):
     assert all(p.equal(b) for p, b in zip(model.parameters(), before))
     with pytest.raises(ValueError, match="wrong.there holds a set"):
         checkpoints.save(3, wrong={"there": {1, 2}})
+
+
+def test_masters_follow_a_model_that_is_loaded_without_its_optimizer(tmp_path):
+    saved = Net(0, dtype=torch.bfloat16)
+    checkpoints = tedcompile.Checkpoints(tmp_path, saved)
+    checkpoints.save(1)
+    checkpoints.wait()
+    model = Net(1, dtype=torch.bfloat16)
+    optimizer = TiledAdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    tedcompile.Checkpoints(tmp_path, model).load()
+    model(torch.randn(4, 8).bfloat16()).backward()
+    optimizer.step()
+    assert all(a.equal(b) for a, b in zip(model.parameters(), saved.parameters()))
