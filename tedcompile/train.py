@@ -40,7 +40,7 @@ def run(settings: Settings) -> None:
             Run(settings, mesh, stop).train()
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"rank {dist.get_rank()} is out of memory ({str(error).splitlines()[0]}); less is needed with a smaller "
+                f"rank {dist.get_rank()} is out of memory ({str(error).splitlines()[0]}); less with a smaller "
                 "--batch (and more --micro-batches), --checkpoint full, --zero 3, --master split, --moments bf16, "
                 "--offload cpu, or a larger tp"
             ) from None
