@@ -56,7 +56,7 @@ class Checkpoints:
         model: what `parallelize` returned, or a plain module on one process.
         optimizer: of `tedcompile.optim` or torch, over parameters of the model.
         schedules: learning-rate schedulers, or anything with `state_dict` and `load_state_dict` of plain values.
-        keep: how many checkpoints stay; older ones are removed when a new one is whole.
+        keep: how many checkpoints stay; older ones are removed when a new one is whole, later ones never.
 
     Kept besides: the random state of each rank (restored where the number of ranks is the same, else rank 0's), and the
     keywords of `save`. Every rank calls every method. On the same mesh a run goes on bit by bit (with deterministic
@@ -167,7 +167,8 @@ class Checkpoints:
                 self._remove(target)
             stage.rename(target)
             _sync(self.folder)
-            for path in _found(self.folder)[self.keep :]:
+            older = [p for p in _found(self.folder) if _number(p) <= step]  # a later one is damaged, or another run's
+            for path in older[self.keep :]:
                 self._remove(path)
 
         try:
@@ -468,7 +469,11 @@ def _found(folder: Path) -> list[Path]:
     """The checkpoints of a folder, the newest first."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)), reverse=True)
+    return sorted((p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)), key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition("-")[2])
 
 
 # ---- files and plain values

@@ -21,7 +21,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS, EVERY = 16, 4
+STEPS, EVERY = 24, 4
 MODEL = """
 import sys
 sys.path.insert(0, {root!r})

@@ -217,11 +217,17 @@ def test_keeps_the_last_and_removes_what_a_killed_process_left(two):
     (folder / ".step-00000003.writing").mkdir()
     (folder / ".step-00000003.writing" / "rank-0.safetensors").write_text("half")
     assert checkpoints.load() == {"step": 2}
-    for step in (3, 3, 10**8):
+    for step in (3, 3, 10**8 - 1, 10**8):
         checkpoints.save(step)
     checkpoints.wait()
-    assert sorted(p.name for p in folder.iterdir()) == ["step-00000003", "step-100000000"]
+    assert sorted(p.name for p in folder.iterdir()) == ["step-100000000", "step-99999999"]
     assert checkpoints.load() == {"step": 10**8}
+    damaged_byte(folder / "step-100000000")
+    assert checkpoints.load() == {"step": 10**8 - 1}
+    for step in (5, 6, 7):  # of a run that goes on from before a damaged one
+        checkpoints.save(step)
+    checkpoints.wait()
+    assert {"step-00000006", "step-00000007"} <= {p.name for p in folder.iterdir()}
 
 
 def test_refuses_another_model_optimizer_or_value(two):

@@ -14,13 +14,18 @@ def test_killed_asked_to_end_and_finished_on_another_mesh(tmp_path):
     """All of it together is the run on one process without a break."""
     from tedcompile.cli import main
 
-    def after(step):
-        return lambda process, folder: soak.wait_for(process, lambda: max(soak.losses(folder), default=0) >= step)
+    def trained(process, folder):
+        soak.wait_for(process, lambda: max(soak.losses(folder), default=0) >= soak.EVERY + 2)
+
+    def resumed(process, folder):
+        log = folder.with_suffix(".log")
+        soak.wait_for(process, lambda: "goes on from" in log.read_text())
+        trained(process, folder)
 
     assert main(soak.options(tmp_path, "whole", "dp=1")) == 0
     expected = soak.losses(tmp_path / "whole")
     assert len(expected) == soak.STEPS
-    found, wrong = soak.broken(tmp_path, "broken", "ep=2", 2, after(soak.EVERY + 2), after(soak.EVERY + 3))
+    found, wrong = soak.broken(tmp_path, "broken", "ep=2", 2, trained, resumed)
     assert not wrong
     log = (tmp_path / "broken.log").read_text()
     assert "asked to end: saved after step" in log and len(found) < soak.STEPS, log
