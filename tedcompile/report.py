@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ FORMATS = {
     "aux_loss": "aux {:.4f}",
     "eval_loss": "held-out loss {:.4f}",
     "gradient_norm": "norm {:.2f}",
+    "expert_entropy": "entropy {:.3f}",
     "lr": "lr {:.1e}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "mfu": "MFU {:.1%}",
@@ -88,6 +90,21 @@ def memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def expert_load(logits: Sequence[torch.Tensor], chosen: int) -> torch.Tensor:
+    """Tokens that each layer's router (logits (T, E)) gives to each expert: (layers, E)."""
+    found = [x.detach().topk(chosen, -1).indices.flatten().bincount(minlength=x.shape[-1]) for x in logits]
+    return torch.stack(found).cpu()
+
+
+def expert_metrics(load: torch.Tensor) -> dict[str, Any]:
+    """Of tokens (layers, E): the counts; the mean entropy of their distribution, 1 when all experts get as many; and
+    how many times its fair share the busiest expert of all layers gets."""
+    share = load / load.sum(-1, keepdim=True)
+    entropy = -(share * share.clamp(min=1e-30).log()).sum(-1) / math.log(load.shape[-1])
+    busiest = share.max().item() * load.shape[-1]
+    return {"expert_tokens": load.int().tolist(), "expert_entropy": entropy.mean().item(), "busiest_expert": busiest}
 
 
 def token_flops(model: torch.nn.Module, seq: int) -> float | None:

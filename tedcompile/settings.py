@@ -52,7 +52,7 @@ class Settings:
     moments: str = _option("fp32", "KIND", "how AdamW's moments are kept: fp32, bf16 or int8", ("fp32", "bf16", "int8"))
     offload: str = _option("", "cpu", "keep optimizer state in host memory", ("", "cpu"))
     zero: int = _option(1, "N", "ZeRO stage", (0, 1, 2, 3))
-    aux_loss: float = _option(0.0, "X", "coefficient of the router's auxiliary loss (transformers models)")
+    aux_loss: float = _option(0.0, "X", "coefficient of the routers' auxiliary loss, and a report of the experts' load")
     backend: str = _option("inductor", "NAME", "inductor or eager", ("inductor", "eager"))
     checkpoint: str = _option("none", "KIND", "recomputation: none, full or selective", ("none", "full", "selective"))
     memory_budget: float = _option(0.0, "X", "for selective: bytes, or a fraction of what none keeps")

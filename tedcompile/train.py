@@ -106,6 +106,7 @@ class Run:
             mesh,
             example_inputs=self._batch(torch.zeros(settings.batch, settings.seq + self.extra, dtype=torch.int64)),
             backend=settings.backend,
+            outputs=["router_logits"] if settings.aux_loss else [],
             checkpoint=settings.checkpoint,
             memory_budget=settings.memory_budget or None,
             off=settings.off,
@@ -130,6 +131,7 @@ class Run:
             moments=settings.moments,
             offload=settings.offload or None,
         )
+        self.load: Tensor | None = None  # (layers, experts): tokens of this rank in the last step, by their routers
         self.flops = report.token_flops(self.model, settings.seq)
 
     # ---- before the first step
@@ -249,7 +251,7 @@ class Run:
             if log.due(step):
                 seconds, began = time.perf_counter() - began, time.perf_counter()
                 speed, tokens = tokens / seconds, 0
-                values = {
+                values: dict[str, Any] = {
                     "loss": loss,
                     "aux_loss": aux,
                     "lr": settings.rate(step - 1),
@@ -260,6 +262,9 @@ class Run:
                     "mfu": self._mfu(speed),
                     "memory_gib": report.memory(self.runtime.groups.device),
                 }
+                if self.load is not None:
+                    rows = self._gather(self.load.flatten().tolist()).sum(0) / self.mesh["tp"].size()
+                    values |= report.expert_metrics(rows.view_as(self.load))
                 log.metrics(step, {n: v for n, v in values.items() if v is not None})
             if settings.eval_every and step % settings.eval_every == 0:
                 log.metrics(step, {"eval_loss": self._evaluate()})
@@ -301,7 +306,7 @@ class Run:
         flags = self._gather([bool(problem), bool(self.stop)])
         if flags[:, 0].any():
             self.runtime.together(lambda: _raise(problem))
-        losses, auxes = [], []
+        losses, auxes, loads = [], [], []
         for batch in batches:
             output = self.model(**batch)
             loss = output if isinstance(output, Tensor) else output.loss
@@ -309,6 +314,9 @@ class Run:
             losses.append(loss.detach())
             if getattr(output, "aux_loss", None) is not None:
                 auxes.append(output.aux_loss.detach())
+            if self.settings.aux_loss:
+                loads.append(report.expert_load(output.router_logits, self.model.config.num_experts_per_tok))
+        self.load = sum(loads) if loads else None
         found = torch.stack([torch.stack(x).float().mean() if x else torch.zeros(()) for x in (losses, auxes)]).tolist()
         rows = self._gather([*found, self.data_rank])
         for rank, (loss, aux, number) in enumerate(rows.tolist()):

@@ -231,6 +231,9 @@ def test_a_run_that_is_asked_to_end_goes_on_as_without_a_break(place, monkeypatc
     assert "goes on from broken/checkpoints at step 2" in capsys.readouterr().out
     for name in ("loss", "aux_loss", "eval_loss", "lr", "gradient_norm"):
         assert metrics(place / "broken", name) == metrics(place / "whole", name) != {}, name
+    for step, layers in metrics(place / "whole", "expert_tokens").items():
+        assert len(layers) == 1 and len(layers[0]) == 4 and sum(layers[0]) == 2 * 2 * 16 * 2, step
+    assert 0 < metrics(place / "whole", "expert_entropy")[4] <= 1 <= metrics(place / "whole", "busiest_expert")[4]
     losses = metrics(place / "whole")
     assert losses[4] < losses[1]
 
