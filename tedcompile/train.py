@@ -62,8 +62,15 @@ def _processes(settings: Settings) -> Iterator[Any]:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     options: dict[str, Any] = dict(timeout=datetime.timedelta(seconds=settings.timeout))
-    if "RANK" not in os.environ:
+    env = os.environ
+    if "RANK" not in env:
         options |= dict(store=dist.HashStore(), rank=0, world_size=1)
+    elif env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
+        # After a restart torchrun's store still holds the addresses of processes that are gone (pytorch issue 135712).
+        # The count of restarts is the same for all ranks of one node, and only there.
+        agent = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"restart {env.get('TORCHELASTIC_RESTART_COUNT')}", agent)
+        options |= dict(store=store, rank=int(env["RANK"]), world_size=world)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", **options)
     whole = world == 1  # after a failure the others may wait in a collective, which only the end of this process ends
     try:
