@@ -107,6 +107,7 @@ class Run:
             )
         self.config = settings.as_dict() | {"micro_batches": self.micro_batches}
         model, self.inputs, folder = self._model()
+        self.source = f"the weights in {folder}" if folder else f"the initial weights of {settings.model}"
         self._read_data(model)
         self.model = parallelize(
             model,
@@ -158,7 +159,8 @@ class Run:
                         part.router_aux_loss_coef = settings.aux_loss
                 model.config.router_aux_loss_coef = settings.aux_loss
             self.extra = 0  # these models shift the labels themselves
-            holds = Path(spec).is_dir() and any(Path(spec).glob("model*.safetensors*"))
+            kinds = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # pickles too: they are refused, not passed over
+            holds = Path(spec).is_dir() and any(p.suffix in kinds for p in Path(spec).iterdir())
             return model, ["input_ids", "labels"], spec if holds else None
         named = isinstance(example, dict) and all(
             isinstance(v, Tensor) and not v.is_floating_point() for v in example.values()
@@ -240,8 +242,7 @@ class Run:
         saved = checkpoints.load()
         step = self._resumed(saved) if saved else 0
         log = report.Report(self.out, settings.steps, step, settings.log_every, self.rank == 0)
-        if saved:
-            log.say(f"goes on from {checkpoints.folder} at step {step}")
+        log.say(f"goes on from {checkpoints.folder} at step {step}" if saved else f"starts from {self.source}")
         model.train()
         began, tokens = time.perf_counter(), 0
         while step < settings.steps:

@@ -50,6 +50,9 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
     (tmp_path / "plain.py").write_text(PLAIN)
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "pickled" / "model.bin").write_text("")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -256,7 +259,9 @@ def test_a_plain_module_and_a_folder_with_weights(place, capsys):
     assert call("--model plain.py:build --steps 3 --out plain --lr 1e-2") == 0
     assert metrics(place / "plain")[3] < metrics(place / "plain")[1]
     assert call("--model config.json --steps 1 --out first --export model") == 0
+    capsys.readouterr()
     assert call("--model model --tokenizer bytes --steps 1 --out second --lr 0 --dtype bf16") == 0
+    assert "starts from the weights in model" in capsys.readouterr().out
     assert metrics(place / "second")[1] == pytest.approx(metrics(place / "first")[1], rel=0.05)
 
 
@@ -270,6 +275,7 @@ def test_a_plain_module_and_a_folder_with_weights(place, capsys):
         ("--model plain.py:other", "must be a dict of two integer tensors"),
         ("--model config.json --stepps 1", "unknown option --stepps: did you mean --steps?"),
         ("--model config.json --config none.toml", "cannot read none.toml"),
+        ("--model pickled --tokenizer bytes", "model.bin may be a pickle"),
     ],
 )
 def test_one_sentence_for_what_cannot_work(options, text, place, capsys):
