@@ -2,6 +2,8 @@
 
     torchrun --nproc-per-node 4 examples/train_zero.py --dp 2 --ep 2 --zero 2
 
+Started again, with another mesh too, it goes on from its last checkpoint: a step is the same micro-batches on any mesh.
+
 The data are the Python standard library's own sources, byte by byte.
 """
 
@@ -25,8 +27,9 @@ def main() -> None:
     )
     parser.add_argument("--offload", choices=["cpu"], help="keep optimizer state in host memory")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--accumulate", type=int, default=2, help="micro-batches of a step")
-    parser.add_argument("--batch", type=int, default=4, help="sequences of each data rank in a micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=8, help="of a step, all ranks together")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a micro-batch")
+    parser.add_argument("--out", default="run", help="folder of the checkpoints")
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--layers", type=int, default=4)
@@ -56,22 +59,25 @@ def main() -> None:
 
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     data = torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in sources)), dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(tedcompile.data_rank(mesh))  # tp ranks read the same batch
-    for step in range(args.steps):
-        for _ in range(args.accumulate):
+    rank, world = tedcompile.data_rank(mesh), tedcompile.data_world(mesh)  # tp ranks read the same batch
+    checkpoints = tedcompile.Checkpoints(args.out, model, optimizer, schedule)
+    saved = checkpoints.load()
+    for step in range(saved["step"] if saved else 0, args.steps):
+        for number in range(rank, args.micro_batches, world):
+            generator = torch.Generator().manual_seed(step * args.micro_batches + number)
             starts = torch.randint(len(data) - args.seq, (args.batch, 1), generator=generator)
             ids = data[starts + torch.arange(args.seq)].long().to(device)
             loss = model(input_ids=ids, labels=ids).loss
-            (loss / args.accumulate).backward()
+            (loss * world / args.micro_batches).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if step % 10 == 0 and torch.distributed.get_rank() == 0:
             norm, lr = optimizer.grad_norm.item(), schedule.get_last_lr()[0]
             print(f"step {step:3}  loss {loss.item():.4f}  gradient norm {norm:.2f}  lr {lr:.1e}", flush=True)
-    state = optimizer.state_dict()  # by parameter, DTensors: loads on another mesh, at another ZeRO stage
-    if torch.distributed.get_rank() == 0:
-        print(f"{len(state['state'])} parameters in the checkpoint, {optimizer.skipped} steps skipped")
+        if (step + 1) % 20 == 0 or step + 1 == args.steps:
+            checkpoints.save(step + 1)  # a thread writes it
+    checkpoints.wait()
     torch.distributed.destroy_process_group()
 
 

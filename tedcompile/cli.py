@@ -1,4 +1,4 @@
-"""The command line: `tedcompile explain MODEL --mesh ep=4,tp=2`, `tedcompile verify` and `tedcompile calibrate`."""
+"""The command line: `tedcompile explain MODEL --mesh ep=4,tp=2`, `verify`, `train`, `experts` and `calibrate`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from tedcompile import calibrate, trials
+from tedcompile import calibrate, settings, trials
 from tedcompile.compile import BACKENDS
 from tedcompile.explain import BATCH, SEQ, analyse
 from tedcompile.load import DTYPES
@@ -110,7 +110,30 @@ def parser() -> Parser:
         "torchrun --nproc-per-node 8 --no-python tedcompile calibrate --out machine.toml",
     )
     measure.add_argument("--out", metavar="FILE.toml", help="where to write the result (default: printed)")
-    for command in (explain, check, measure):
+    train = commands.add_parser(
+        "train",
+        help="train a model on local files",
+        description="Trains a model on local files, on one process or under torchrun: "
+        "torchrun --nproc-per-node 8 --no-python tedcompile train --model FOLDER --data PATH --mesh ep=4,tp=2",
+    )
+    settings.add_options(train.add_argument)
+    experts = commands.add_parser(
+        "experts",
+        help="checkpoints with more or fewer experts",
+        description="experts merge A B --out C: the experts of both, and their routers' rows. "
+        "experts prune A --out C --keep N: the experts that held-out data use most (or random ones), in each layer.",
+    )
+    experts.add_argument("what", metavar="merge|prune", choices=("merge", "prune"))
+    experts.add_argument("folders", metavar="FOLDER", nargs="+", help="Hugging Face folders with safetensors files")
+    experts.add_argument("--out", metavar="FOLDER", required=True, help="where to write the result")
+    experts.add_argument("--dense", metavar="KIND", default="first", help="merge: other weights: first or mean")
+    experts.add_argument("--keep", metavar="N", type=int, help="prune: how many experts stay")
+    experts.add_argument("--by", metavar="KIND", default="utilisation", help="prune: utilisation or random")
+    experts.add_argument("--data", metavar="PATH", nargs="+", default=[], help="prune: held-out text to count on")
+    experts.add_argument("--batches", metavar="N", type=int, default=16, help="prune: sequences of it (16)")
+    experts.add_argument("--seq", metavar="N", type=int, default=512, help="prune: their tokens (512)")
+    experts.add_argument("--seed", metavar="N", type=int, default=0, help="prune: of random ones")
+    for command in (explain, check, measure, train, experts):
         known = [name for action in command._actions for name in action.option_strings if name.startswith("--")]
         command.set_defaults(known=known)
     return top
@@ -119,13 +142,10 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 where `verify` finds a difference, or 2 for input that cannot work
     (one sentence on stderr)."""
-    code = 0
     try:
         options = parser().read(argv)
-        if options.command == "verify":
-            text, code = _verify(options)
-        else:
-            text = calibrate.run(options.out) if options.command == "calibrate" else _explain(options)
+        made = COMMANDS[options.command](options)
+        text, code = made if isinstance(made, tuple) else (made, 0)
     except (ValueError, TypeError) as error:
         print(f"tedcompile: {error}", file=sys.stderr)
         return 2
@@ -218,6 +238,41 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
         if "=" not in text:
             raise ValueError(f"--plan takes CHOICE=VALUE, as in dispatch=all_gather, not {text!r}")
     return dict(text.split("=", 1) for text in texts)  # type: ignore[misc]
+
+
+def _train(options: argparse.Namespace) -> str:
+    given = {n: v for n in settings.FIELDS if (v := getattr(options, n)) is not None}
+    chosen = settings.Settings.of(given, options.config or "")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tedcompile import train
+
+    train.run(chosen)
+    return ""
+
+
+def _experts(options: argparse.Namespace) -> str:
+    from tedcompile import experts
+
+    wanted = {"merge": 2, "prune": 1}[options.what]
+    if len(options.folders) != wanted:
+        raise ValueError(f"experts {options.what} takes {wanted} folders, not {len(options.folders)}")
+    if options.what == "merge":
+        return experts.merge(options.folders[0], options.folders[1], options.out, options.dense)
+    if options.keep is None:
+        raise ValueError("experts prune needs --keep, how many experts stay in each layer")
+    o = options
+    return experts.prune(o.folders[0], o.out, o.keep, o.by, o.data, o.batches, o.seq, o.seed)
+
+
+# what each prints, and its exit code where that may be another than 0
+COMMANDS: dict[str, Callable[[argparse.Namespace], str | tuple[str, int]]] = {
+    "explain": _explain,
+    "verify": _verify,
+    "calibrate": lambda options: calibrate.run(options.out),
+    "train": _train,
+    "experts": _experts,
+}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import pathlib
 import time
 import unittest.mock
@@ -164,6 +165,14 @@ def select_decomp_table(deterministic: bool = False):
 def register_group(name: str, group: dist.ProcessGroup) -> None:
     """Gives this rank's group a name that is the same on every rank, so graphs and compiler caches are too."""
     torch._C._distributed_c10d._register_process_group(name, group)
+
+
+def wait_for(name: str, done: bool) -> None:
+    """Until the rank that says `done` has come here, however long it takes: no collective, so none times out."""
+    store = dist.distributed_c10d._get_default_store()
+    if done:
+        store.set(name, "done")
+    store.wait([name], datetime.timedelta(days=7))
 
 
 def settle_gloo(patience: float = 5.0) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -207,3 +208,43 @@ def _regions(ranges: Part) -> Iterable[tuple[Region, Region]]:
         dims.append([((a, b), (end - (b - a), end)) for (a, b), end in zip(held, ends, strict=True)])
     for choice in itertools.product(*dims):
         yield tuple(c[0] for c in choice), tuple(c[1] for c in choice)
+
+
+def spans(shape: Sequence[int], low: int, high: int) -> Iterator[Region]:
+    """The rectangles that hold the elements [low, high) of a tensor in row-major order, in that order."""
+    if low >= high:
+        return
+    if high - low == math.prod(shape):
+        yield everything(shape)
+        return
+    inner = math.prod(shape[1:])
+    first, last = -(-low // inner), high // inner  # the whole rows
+    ends = [(first - 1, low, min(first * inner, high)), (last, max(last * inner, low), high)]
+    if first > last:
+        ends = ends[:1]
+    for row, a, b in ends[:1]:
+        yield from (((row, row + 1), *rest) for rest in spans(shape[1:], a - row * inner, b - row * inner))
+    if first < last:
+        yield ((first, last), *everything(shape[1:]))
+    for row, a, b in ends[1:]:
+        yield from (((row, row + 1), *rest) for rest in spans(shape[1:], a - row * inner, b - row * inner))
+
+
+def overlap(one: Region, other: Region) -> Region | None:
+    """The rectangle that two have in common."""
+    both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return both if all(a < b for a, b in both) else None
+
+
+def within(region: Region, outer: Region) -> Region:
+    """A region in the coordinates of another that holds it."""
+    return tuple((a - c, b - c) for (a, b), (c, _) in zip(region, outer, strict=True))
+
+
+def places(ranges: Part, region: Region) -> Iterator[tuple[Region, Region]]:
+    """The rectangles of a region of a part: in the whole tensor, and in the region itself."""
+    for there, here in _regions(ranges):
+        common = overlap(here, region)
+        if common is not None:
+            inside = within(common, here)
+            yield tuple((a + c, b + c) for (a, b), (c, _) in zip(inside, there, strict=True)), within(common, region)

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -72,6 +73,26 @@ def save_pretrained(model: torch.nn.Module, folder: str | os.PathLike, *, max_sh
             shutil.rmtree(stage, ignore_errors=True)
 
 
+def write_folder(
+    model: torch.nn.Module, state: Mapping[str, Lazy], folder: str | os.PathLike, max_shard_size: int = 5_000_000_000
+) -> None:
+    """The same of one process: a model without weights, and its tensors by name, which are read one at a time."""
+    folder = Path(folder)
+    stage = folder / STAGE
+    tensors = frontends.to_checkpoint(model, dict(state))
+    files = _files(tensors, max_shard_size)
+    try:
+        stage.mkdir(parents=True, exist_ok=True)
+        frontends.save_config(model, stage)
+        for file, names in files.items():
+            _write(stage / file, {n: tensors[n] for n in names}, True)
+        _publish(folder, files, tensors)
+    except OSError as error:
+        raise ValueError(f"the model cannot be saved to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
 def _together(runtime: Runtime, work, folder: Path) -> None:
     def named() -> None:
         try:
@@ -112,17 +133,33 @@ class _Whole:
             if rank == me:
                 piece = local.cpu().contiguous()
                 if not self.first:
-                    dist.send(_bytes(piece), group_dst=0, group=self.group)
+                    dist.send(raw(piece), group_dst=0, group=self.group)
             elif self.first:
                 piece = torch.empty([sum(b - a for a, b in held) for held in ranges], dtype=tensor.dtype)
-                dist.recv(_bytes(piece), group_src=rank, group=self.group)
+                dist.recv(raw(piece), group_src=rank, group=self.group)
             if self.first:
                 write_part(whole, ranges, piece)
         return whole
 
 
-def _bytes(t: torch.Tensor) -> torch.Tensor:
+def raw(t: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's bytes."""
     return t.reshape(-1).view(torch.uint8)
+
+
+def header(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+    """What a safetensors file starts with, and where after it each tensor's bytes are, in their order in the file."""
+    offsets, end = {}, 0
+    for name, t in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # so that all are aligned
+        offsets[name] = end
+        end += t.nbytes
+    entries: dict = {"__metadata__": metadata}
+    for name, start in offsets.items():
+        t = tensors[name]
+        entries[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, start + t.nbytes]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, offsets
 
 
 def _files(tensors: dict[str, Lazy], limit: int) -> dict[str, list[str]]:
@@ -142,31 +179,22 @@ def _files(tensors: dict[str, Lazy], limit: int) -> dict[str, list[str]]:
 
 def _write(path: Path, tensors: dict[str, Lazy], first: bool) -> None:
     """One file. A rank 0 that cannot write goes on gathering, for the others are about to send, and raises then."""
-    offsets, end = {}, 0
-    for name, t in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # so that all are aligned
-        offsets[name] = end
-        end += t.nbytes
-    header: dict = {"__metadata__": {"format": "pt"}}
-    for name, start in offsets.items():
-        t = tensors[name]
-        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, start + t.nbytes]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text, offsets = header(tensors, {"format": "pt"})
     failure: Exception | None = None
     with contextlib.ExitStack() as stack:
         file = None
         try:
             if first:
                 file = stack.enter_context(path.open("wb"))
-                file.write(struct.pack("<Q", len(text)) + text)
+                file.write(text)
         except OSError as error:
             failure = error
         for name, t in tensors.items():
             try:
                 value = t.read()
                 if file is not None and failure is None:
-                    file.seek(8 + len(text) + offsets[name])
-                    file.write(_bytes(value.contiguous()).numpy())
+                    file.seek(len(text) + offsets[name])
+                    file.write(raw(value.contiguous()).numpy())
             except Exception as error:
                 failure = failure or error
         if failure is None and file is not None:

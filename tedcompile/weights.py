@@ -52,7 +52,7 @@ def open_folder(folder: str | os.PathLike) -> tuple[dict[str, Lazy], dict[str, P
     tensors: dict[str, Lazy] = {}
     files: dict[str, Path] = {}
     for path, listed in _files(folder).items():
-        file = _open(path)
+        file = open_file(path)
         names = set(file.keys())
         for name in sorted(listed - names):
             raise ValueError(f"{folder / INDEX} says that tensor {name} is in {path.name}, which does not hold it")
@@ -65,7 +65,7 @@ def open_folder(folder: str | os.PathLike) -> tuple[dict[str, Lazy], dict[str, P
                 raise ValueError(
                     f"{path}: tensor {name} is of type {dtype}, a quantised checkpoint: convert it to bf16 first"
                 )
-            tensors[name] = Lazy.of(shape, DTYPES[dtype], functools.partial(_read, file, path, name))
+            tensors[name] = Lazy.of(shape, DTYPES[dtype], functools.partial(read_region, file, path, name))
             files[name] = path
     return tensors, files
 
@@ -96,7 +96,8 @@ def _files(folder: Path) -> dict[Path, set[str]]:
     return files
 
 
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
+    """A safetensors file. Raises ValueError where it is damaged."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -120,7 +121,7 @@ def _cut_off(path: Path) -> str:
         return ""
 
 
-def _read(file: Any, path: Path, name: str, region: Region) -> torch.Tensor:
+def read_region(file: Any, path: Path, name: str, region: Region) -> torch.Tensor:
     try:
         if not region:
             return file.get_tensor(name)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tedcompile import compat
-from tedcompile.optim import Rule, Tiled, TiledAdamW, rules
+from tedcompile.optim import Rule, Tiled, TiledAdamW, rules, tiles
 from tedcompile.optim.flat import pieces
 
 SHAPES = ((300, 7), (1,), (64, 64), (5,), (1000, 33))
@@ -273,3 +273,17 @@ def test_pieces_cover_any_range():
             for piece, start in pieces(t, low, high):
                 flat[start : start + piece.numel()] = piece.flatten()
             assert flat[low:high].equal(torch.arange(low, high)) and (flat < 0).sum() == 24 - (high - low)
+
+
+@pytest.mark.parametrize("moments, kind", tiles.STORAGES)
+def test_what_is_stored_of_a_state_is_found_again_in_its_value(moments, kind):
+    """A checkpoint holds values; each of 20,000 blocks has its own codes and scale again."""
+    stored = tiles.STORAGES[moments, kind]
+    torch.manual_seed(0)
+    x = torch.randn(20_000, 256) * 10.0 ** torch.randint(-12, 3, (20_000, 1))
+    x[0] = 0
+    arrays = stored.encode(x.abs() if kind == "positive" else x, torch.rand_like(x))
+    if moments == "int8" and kind == "signed":
+        arrays[0][1:5].clamp_(-126, 126)
+    found = stored.restore(stored.decode(*arrays))
+    assert all(a.equal(b) for a, b in zip(found, arrays, strict=True))

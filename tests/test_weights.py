@@ -237,7 +237,7 @@ def test_a_damaged_folder_is_refused_in_a_sentence(folder, damage):
 
 def test_nothing_is_half_loaded(mesh, folder, monkeypatch):
     """A file that fails while it is read: the model is as it was, and loads when the file is whole again."""
-    model, original, read = empty(), {}, weights._read
+    model, original, read = empty(), {}, weights.read_region
     original = dict(model.named_parameters())
 
     def fails(file, path, name, region):
@@ -245,7 +245,7 @@ def test_nothing_is_half_loaded(mesh, folder, monkeypatch):
             raise ValueError(f"{path}: tensor {name} cannot be read: a bad disk")
         return read(file, path, name, region)
 
-    monkeypatch.setattr(weights, "_read", fails)
+    monkeypatch.setattr(weights, "read_region", fails)
     with pytest.raises(ValueError, match="tensor model.norm.weight cannot be read: a bad disk"):
         tedcompile.parallelize(model, mesh, weights=folder, backend="eager")
     assert type(model).__name__ == "Qwen3MoeForCausalLM"

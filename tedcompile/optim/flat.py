@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tedcompile import compat, zero
+from tedcompile.lazy import cut, spans
 from tedcompile.mesh import Groups
 from tedcompile.optim.tiles import BLOCK
 
@@ -162,23 +163,19 @@ class Bucket:
             return flat
         return torch.cat([flat[start : start + rows] for start, rows, _ in self.tiles()])
 
+    def held(self, start: int, rows: int) -> Iterator[tuple[Slot, int, int, int]]:
+        """(slot, low, high, at): elements [low, high) of a parameter's view are those from `at` on of these rows."""
+        for slot in self.slots:
+            first = slot.start * BLOCK
+            low = max(start * BLOCK - first, 0)
+            high = min((start + rows) * BLOCK - first, compat.local_tensor(slot.grad).numel())
+            if low < high:
+                yield slot, low, high, first + low - start * BLOCK
+
 
 def pieces(tensor: Tensor, low: int, high: int) -> Iterator[tuple[Tensor, int]]:
     """Views that cover the elements [low, high) of a tensor in row-major order, and the element each starts with."""
-    if low >= high:
-        return
-    if high - low == tensor.numel():
-        yield tensor, 0
-        return
-    inner = tensor.numel() // tensor.shape[0]
-    first, last = -(-low // inner), high // inner
-    if first > last:  # within one row
-        ends = [(last, low, high)]
-    else:
-        ends = [(first - 1, low, first * inner), (last, last * inner, high)]
-    if first < last:
-        yield tensor[first:last], first * inner
-    for row, a, b in ends:
-        if a < b:
-            for piece, offset in pieces(tensor[row], a - row * inner, b - row * inner):
-                yield piece, row * inner + offset
+    for region in spans(tensor.shape, low, high):
+        view = cut(tensor, region)
+        yield view, low
+        low += view.numel()

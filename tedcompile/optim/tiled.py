@@ -110,6 +110,9 @@ class Tiled(torch.optim.Optimizer):
         """How many steps were left out for an inf or nan. Waits for the device."""
         return int(self._skipped.item())
 
+    def set_skipped(self, steps: int) -> None:
+        self._skipped.fill_(steps)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if hasattr(self, "device"):
@@ -340,6 +343,72 @@ class Tiled(torch.optim.Optimizer):
 
     # ---- checkpoints
 
+    def _chunks(self, kept: Kept) -> Iterator[tuple[int, int, int]]:
+        """As `Bucket.tiles`, none of more than `tile_bytes` in fp32."""
+        limit = max(self.tile_bytes // (4 * BLOCK), 1)
+        for start, rows, own in kept.bucket.tiles():
+            for i in range(0, rows, limit):
+                yield start + i, min(limit, rows - i), own + i
+
+    @torch.no_grad()
+    def parts(self) -> Iterator[tuple[Slot, str, int, Tensor]]:
+        """What this rank keeps of the states, tile by tile, no communication: (slot, name of the state, low, values).
+
+        `values` (n,) of the update's precision are the elements from `low` on of the slot's local tensor, row-major.
+        """
+        for kept in self.kept:
+            bucket = kept.bucket
+            masters, states = tiles.master_storage(self.master, bucket.dtype), self._storages(bucket.dtype)
+            for start, rows, own in self._chunks(kept):
+                arrays = [a[own : own + rows].to(self.device) for a in kept.arrays]
+                found: dict[str, Tensor] = {}
+                if masters:
+                    found["master"] = tiles.join(bucket.param[start : start + rows], arrays[:1])
+                rest = iter(arrays[len(masters) :])
+                for name, stored in states.items():
+                    found[name] = stored.decode(*(next(rest) for _ in stored.arrays)).expand(-1, BLOCK)
+                for slot, low, high, at in bucket.held(start, rows):
+                    for name, values in found.items():
+                        yield slot, name, low, values.reshape(-1)[at : at + high - low]
+
+    def steps(self) -> Iterator[tuple[Slot, float]]:
+        """The parameters, and how many steps each has taken. Waits for the device."""
+        taken = [[clock.step.item() for clock in clocks] for clocks in self.clocks]
+        for kept, slot in self._slots():
+            yield slot, taken[kept.bucket.group_number][slot.clock]
+
+    @torch.no_grad()
+    def load_parts(self, step: Callable[[Slot], float], read: Callable[[Slot, str, int, int], Tensor | None]) -> None:
+        """The other way: `read(slot, name, low, high)` gives values, or None where the checkpoint has no such state."""
+        self.clocks = [[] for _ in self.param_groups]
+        for kept in self.kept:
+            bucket, number = kept.bucket, kept.bucket.group_number
+            bucket.read()  # the parameters may be new ones
+            for slot in bucket.slots:
+                steps = [clock.step.item() for clock in self.clocks[number]]
+                taken = step(slot)
+                slot.clock = steps.index(taken) if taken in steps else self._clock(number, self._number(taken))
+            masters, states = tiles.master_storage(self.master, bucket.dtype), self._storages(bucket.dtype)
+            for start, rows, own in self._chunks(kept):
+                flat = bucket.param[start : start + rows]
+                found = {n: torch.zeros_like(flat, dtype=tiles.precision(bucket.dtype)) for n in states}
+                if masters:
+                    found["master"] = flat.to(torch.float32)
+                for slot, low, high, at in bucket.held(start, rows):
+                    for name, values in found.items():
+                        new = read(slot, name, low, high)
+                        if new is not None:
+                            values.view(-1)[at : at + high - low].copy_(new)
+                made = list(tiles.part(found["master"], bucket.dtype, [d for d, _ in masters])[1:] if masters else ())
+                for name, stored in states.items():
+                    value = found[name]
+                    value = value.mean(-1, keepdim=True) if stored.arrays[0][1] == 1 else value
+                    made += stored.restore(value)
+                for array, new in zip(kept.arrays, made, strict=True):
+                    array[own : own + rows].copy_(new)
+        self._active, self._all = (), False
+        self._remember()
+
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """As of a torch optimizer: states by parameter, in its shape and layout and in fp32, under torch's names.
@@ -347,23 +416,22 @@ class Tiled(torch.optim.Optimizer):
         Under ZeRO a collective call. torch.optim.AdamW loads that of `TiledAdamW`, and the other way round; a fp32
         master weight is the further entry "master". States of kind "block" are spread over their elements.
         """
+        steps = dict(self.steps())
         for kept in self.kept:
             bucket = kept.bucket
-            arrays, states = [a.to(self.device) for a in kept.arrays], self._storages(bucket.dtype)
             found: dict[str, Tensor] = {}
-            masters = tiles.master_storage(self.master, bucket.dtype)
+            masters, states = tiles.master_storage(self.master, bucket.dtype), self._storages(bucket.dtype)
+            arrays = [a.to(self.device) for a in kept.arrays]
             if masters:
-                own = bucket.part(bucket.param)
-                found["master"] = bucket.whole(tiles.join(own, arrays[:1]))
-            arrays = arrays[len(masters) :]
+                found["master"] = bucket.whole(tiles.join(bucket.part(bucket.param), arrays[:1]))
+            rest = iter(arrays[len(masters) :])
             for name, stored in states.items():
-                values, arrays = arrays[: len(stored.arrays)], arrays[len(stored.arrays) :]
-                found[name] = bucket.whole(stored.decode(*values).expand(-1, BLOCK).contiguous())
-            steps = [clock.step.to("cpu", torch.float32) for clock in self.clocks[bucket.group_number]]
+                value = stored.decode(*(next(rest) for _ in stored.arrays))
+                found[name] = bucket.whole(value.expand(-1, BLOCK).contiguous())
             for slot in bucket.slots:
-                if steps[slot.clock] > 0:
+                if steps[slot] > 0:
                     entries = {n: compat.with_local(slot.grad, slot.view(rows).clone()) for n, rows in found.items()}
-                    self.state[slot.param] = {"step": steps[slot.clock].clone(), **entries}
+                    self.state[slot.param] = {"step": torch.tensor(steps[slot], dtype=torch.float32), **entries}
         try:
             return super().state_dict()
         finally:
@@ -384,37 +452,17 @@ class Tiled(torch.optim.Optimizer):
             group.update({k: v for k, v in old.items() if k not in ("params", "param_names")})
         order = dict(zip((p for g in self.param_groups for p in g["params"]),
                          (i for g in saved for i in g["params"]), strict=True))  # fmt: skip
-        self.clocks = [[] for _ in self.param_groups]
-        for kept in self.kept:
-            bucket, number = kept.bucket, kept.bucket.group_number
-            states = self._storages(bucket.dtype)
-            masters = tiles.master_storage(self.master, bucket.dtype)
-            flats = {n: torch.zeros_like(bucket.param, dtype=tiles.precision(bucket.dtype)) for n in states}
-            if masters:
-                flats["master"] = bucket.param.to(torch.float32)
-            for slot in bucket.slots:
-                entries = state_dict["state"].get(order[slot.param], {})
-                step = float(entries.get("step", 0))
-                steps = [clock.step.item() for clock in self.clocks[number]]
-                slot.clock = steps.index(step) if step in steps else self._clock(number, self._number(step))
-                for name, flat in flats.items():
-                    if name in entries:
-                        slot.view(flat).copy_(_local_part(entries[name], slot))
-            arrays = iter(kept.arrays)
-            if masters:
-                value = bucket.part(flats["master"])
-                next(arrays).copy_(tiles.part(value, bucket.dtype, [masters[0][0]])[1])
-            for name, stored in states.items():
-                value = bucket.part(flats[name])
-                value = value.mean(-1, keepdim=True) if stored.arrays[0][1] == 1 else value
-                for array, new in zip(
-                    [next(arrays) for _ in stored.arrays],
-                    stored.encode(value, torch.full_like(value, 0.5)),
-                    strict=True,
-                ):
-                    array.copy_(new)
-        self._active, self._all = (), False
-        self._remember()
+        states = {slot: state_dict["state"].get(order[slot.param], {}) for _, slot in self._slots()}
+        local: dict[Slot, dict[str, Tensor]] = {}
+
+        def read(slot: Slot, name: str, low: int, high: int) -> Tensor | None:
+            part = local[slot].get(name)
+            return None if part is None else part.reshape(-1)[low:high]
+
+        known = {*self.rule.states, "master"}
+        for slot, entries in states.items():  # all ranks gather in one order
+            local[slot] = {n: _local_part(entries[n], slot) for n in sorted(known & entries.keys())}
+        self.load_parts(lambda slot: float(states[slot].get("step", 0)), read)
 
 
 def _local_part(value: Tensor, slot: Slot) -> Tensor:

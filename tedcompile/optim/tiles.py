@@ -35,6 +35,11 @@ class Storage:
     arrays: tuple[tuple[torch.dtype, int], ...]  # dtype and columns of each array
     decode: Callable[..., Tensor]  # of the arrays
     encode: Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # value, chance in [0, 1)
+    exact: Callable[[Tensor, tuple], tuple[Tensor, ...]] = lambda x, found: found  # mends what encode made of a decoded
+
+    def restore(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The arrays of which `decode` gives x, bit by bit where there are some, else those of the nearest value."""
+        return self.exact(x, self.encode(x, torch.full_like(x, 0.5)))
 
     @property
     def row_bytes(self) -> int:
@@ -55,6 +60,20 @@ def _encode_signed(x: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale.clamp(min=1e-38) + chance).floor().clamp(-127, 127).to(torch.int8), scale
 
 
+def _exact_signed(x: Tensor, found: tuple) -> tuple[Tensor, Tensor]:
+    """The scale is one of the neighbours of largest value / largest code; rounding by chance may leave 126 of 127."""
+    code, scale = found
+    top = x.abs().amax(-1, keepdim=True)
+    for largest in (127, 126):
+        for direction in (0.0, torch.inf, -torch.inf):
+            guess = top / largest
+            guess = guess if not direction else torch.nextafter(guess, torch.full_like(guess, direction))
+            codes = (x / guess.clamp(min=1e-38)).round().clamp(-127, 127)
+            right = (codes * guess == x).all(-1, keepdim=True) & (top > 0)
+            code, scale = torch.where(right, codes.to(torch.int8), code), torch.where(right, guess, scale)
+    return code, scale
+
+
 def _decode_positive(code: Tensor, top: Tensor) -> Tensor:
     return top * ((code.to(torch.float32) - 255) / OCTAVE).exp2()
 
@@ -72,7 +91,10 @@ STORAGES: dict[tuple[str, str], Storage] = {
     for kind in ("signed", "positive")
 }
 STORAGES["int8", "signed"] = Storage(
-    ((torch.int8, BLOCK), (torch.float32, 1)), lambda code, scale: code.to(torch.float32) * scale, _encode_signed
+    ((torch.int8, BLOCK), (torch.float32, 1)),
+    lambda code, scale: code.to(torch.float32) * scale,
+    _encode_signed,
+    _exact_signed,
 )
 STORAGES["int8", "positive"] = Storage(((torch.uint8, BLOCK), (torch.float32, 1)), _decode_positive, _encode_positive)
 

@@ -1,0 +1,187 @@
+"""Kills ranks of a training run at random moments; torchrun starts all again, and the run ends as one without a kill.
+
+    python -m tests.soak --kills 30
+
+Each round is a run under `torchrun --max-restarts`; a rank is killed (SIGKILL) at a random time after the start, or
+after a step: while it imports, compiles, runs, or writes a checkpoint. Checked: losses are those of the unbroken run,
+at most one interval of checkpoints is lost, and no process is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS, EVERY = 24, 4
+MODEL = """
+import sys
+sys.path.insert(0, {root!r})
+from examples.nano_moe import build as nano_moe
+
+def build():
+    return nano_moe(seq=16, vocab=256, experts=4, layers=1)
+"""
+
+
+def options(place: pathlib.Path, out: str, mesh: str, steps: int = STEPS) -> list[str]:
+    (place / "model.py").write_text(MODEL.format(root=str(ROOT)))
+    (place / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    fixed = "--seq 16 --batch 2 --micro-batches 4 --dtype fp32 --device cpu --backend eager --log-every 1"
+    return [
+        *("train", "--model", f"{place / 'model.py'}:build", "--data", str(place / "text.txt"), *fixed.split()),
+        *("--lr", "1e-2", "--eps", "1e-4"),
+        *("--out", str(place / out), "--mesh", mesh, "--steps", str(steps), "--save-every", str(EVERY), "--zero", "1"),
+    ]
+
+
+def losses(folder: pathlib.Path) -> dict[int, float]:
+    """By step; what is not (yet) a whole line is left out."""
+    file, found = folder / "metrics.jsonl", {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        found[values["step"]] = values["loss"]
+    return found
+
+
+def children(pid: int) -> list[int]:
+    """Of a process, by /proc."""
+    try:
+        text = "".join(p.read_text() for p in pathlib.Path(f"/proc/{pid}/task").glob("*/children"))
+    except OSError:
+        return []
+    return [int(p) for p in text.split()]
+
+
+def workers(launcher: int) -> list[int]:
+    """The ranks of a torchrun: its children that run tedcompile."""
+    found = []
+    for pid in children(launcher):
+        try:
+            if b"tedcompile.cli" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def launch(place: pathlib.Path, out: str, mesh: str, ranks: int, restarts: int = 3, steps: int = STEPS):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2", "-m", "tedcompile.cli"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    log = (place / f"{out}.log").open("a")
+    return subprocess.Popen(
+        command + options(place, out, mesh, steps), env=environment, stdout=log, stderr=log, cwd=place
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float) -> int:
+    try:
+        return process.wait(timeout)
+    finally:
+        process.kill()
+
+
+def wait_for(process: subprocess.Popen, ready, timeout: float = 300.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def check(expected: dict[int, float], found: dict[int, float], last_seen: int, resumed: list[int]) -> list[str]:
+    """What is wrong with a broken run beside the unbroken one."""
+    wrong = []
+    for step, loss in expected.items():
+        if step not in found or abs(found[step] / loss - 1) > 1e-5:
+            wrong.append(f"step {step} has the loss {found.get(step)}, not {loss}")
+    if resumed and last_seen - resumed[-1] > 2 * EVERY:  # the last interval, and one whose checkpoint was being written
+        wrong.append(f"went on from step {resumed[-1]} after step {last_seen}")
+    return wrong
+
+
+def broken(
+    place: pathlib.Path, out: str, mesh: str, ranks: int, moment, then=None
+) -> tuple[dict[int, float], list[str]]:
+    """A run in which one rank is killed when `moment(process, folder)` returns. Its losses, and what went wrong.
+
+    With `then`, the launcher is asked to end when `then(process, folder)` returns.
+    """
+    process = launch(place, out, mesh, ranks)
+    wrong = []
+    try:
+        wait_for(process, lambda: len(workers(process.pid)) == ranks)
+        first = workers(process.pid)
+        moment(process, place / out)
+        seen = max(losses(place / out), default=0)
+        if process.poll() is not None or not first:
+            wrong.append("ended before the kill")
+        else:
+            os.kill(random.choice(first), signal.SIGKILL)
+        wait_for(process, lambda: any(p not in first for p in workers(process.pid)))
+        second = workers(process.pid)
+        if then:
+            then(process, place / out)
+            process.send_signal(signal.SIGTERM)
+        code = finish(process, 300)
+        if code and not then:
+            wrong.append(f"exit code {code}: {(place / f'{out}.log').read_text()[-2000:]}")
+        left = [p for p in {*first, *second} if pathlib.Path(f"/proc/{p}/cmdline").exists()]
+        if left:
+            wrong.append(f"processes are left: {left}")
+    finally:
+        for pid in workers(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.kill()
+    lines = (place / f"{out}.log").read_text().splitlines()
+    resumed = [int(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("goes on from")]
+    return losses(place / out), wrong + check({}, {}, seen, resumed)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    random.seed(args.seed)
+    failed = 0
+    with tempfile.TemporaryDirectory() as name:
+        place = pathlib.Path(name)
+        start = time.monotonic()
+        code = finish(launch(place, "whole", "ep=2", 2), 600)
+        seconds = time.monotonic() - start
+        expected = losses(place / "whole")
+        assert code == 0 and len(expected) == STEPS, (place / "whole.log").read_text()
+        for number in range(args.kills):
+            delay, step = random.uniform(0, seconds * 0.8), random.randint(1, STEPS - 2)
+            early = number % 3 == 0
+
+            def moment(process, folder, early=early, delay=delay, step=step):
+                if early:
+                    time.sleep(delay)
+                else:
+                    wait_for(process, lambda: max(losses(folder), default=0) >= step)
+
+            found, wrong = broken(place, f"run{number}", "ep=2", 2, moment)
+            wrong = [w for w in wrong if w != "ended before the kill"] + check(expected, found, 0, [])
+            failed += bool(wrong)
+            when = f"after {delay:.1f} s" if early else f"after step {step}"
+            print(f"{number + 1}/{args.kills} killed {when}: {'ok' if not wrong else '; '.join(wrong)}", flush=True)
+    print(f"{args.kills - failed} of {args.kills} runs ended as the unbroken one")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
