@@ -47,7 +47,8 @@ FIELDS: list[tuple[str, Any]] = [
 ]  # fmt: skip
 # What a field becomes that has no default, though the model does not work without.
 UNSET: dict[str, Any] = {
-    "head_dim": HIDDEN // HEADS, "layer_types": ["conv", "full_attention"], "attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0},
+    "head_dim": HIDDEN // HEADS, "layer_types": ["conv", "full_attention"],
+    "attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0},
     "indexer_n_heads": HEADS, "indexer_kv_heads": 1, "indexer_head_dim": HIDDEN // HEADS, "indexer_budget": 8,
     "indexer_compress_ratio": 4,
 }  # fmt: skip
