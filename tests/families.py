@@ -6,7 +6,6 @@ configuration counts experts and some weights of its small model grow with their
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -94,6 +93,8 @@ def shrunk(default: dict[str, Any], experts: int) -> dict[str, Any]:
         return to(v) if callable(to) else to
 
     changed: dict[str, Any] = {"use_cache": False}
+    if default["is_encoder_decoder"]:
+        changed |= {"pad_token_id": 0, "decoder_start_token_id": 0}
     for path, v in leaves(default):
         name = path[-1]
         if path[0] == "per_layer_config":
@@ -203,4 +204,11 @@ def build(name: str, experts: int = EXPERTS) -> tuple[nn.Module, models.MakeBatc
     torch.manual_seed(0)
     model = _model(config(name, experts))
     models.randomise(model)
-    return model, functools.partial(models.ids_and_labels, ("input_ids", "labels"), 0)
+
+    def make_batch(data_rank: int, step: int, **options) -> dict[str, torch.Tensor]:
+        batch = models.ids_and_labels(("input_ids", "labels"), 0, data_rank, step, **options)
+        if model.config.is_encoder_decoder:  # as tokenizers give it
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        return batch
+
+    return model, make_batch
