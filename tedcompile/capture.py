@@ -177,7 +177,8 @@ def _export(model: torch.nn.Module, kwargs: dict[str, Any], mode, calls: Calls, 
     try:
         with (
             frontends.prepared(model), fake_weights(model, mode), _conversions(model), _own_hooks_off(model),
-            keep_functions(), calls.watch(), _GroupedProducts(), Assumed() if assume else contextlib.nullcontext(), _quiet(), mode,
+            keep_functions(), calls.watch(), _GroupedProducts(), Assumed() if assume else contextlib.nullcontext(),
+            _quiet(), mode,
         ):  # fmt: skip
             program = torch.export.export(model, (), fake_kwargs, strict=False)
     except Exception as error:

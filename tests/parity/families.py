@@ -117,8 +117,8 @@ def markdown(rows: list[list[str]], seconds: float) -> str:
         "# MoE families of transformers",
         "",
         f"{len(rows)} families, {len(rows) - len(counted)} of them unusable; of the other {len(counted)}, {passed} "
-        f"pass ({passed / max(len(counted), 1):.0%}). Made in {seconds / 60:.0f} minutes on {datetime.date.today()}; torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, gloo processes on a CPU, fp32, dp x ep x tp = "
+        f"pass ({passed / max(len(counted), 1):.0%}). Made in {seconds / 60:.0f} minutes on {datetime.date.today()}; "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, gloo processes on a CPU, fp32, dp x ep x tp = "
         f"{' x '.join(map(str, MESH))}, {STEPS} steps of plain SGD, by "
         "`python -m tests.parity.families --write tests/parity/FAMILIES.md`.",
         "",
