@@ -113,13 +113,14 @@ def markdown(rows: list[list[str]], seconds: float) -> str:
 
     counted = [r for r in rows if r[9] != "cannot"]
     passed = sum(r[9] == "pass" for r in counted)
+    mesh = " x ".join(map(str, MESH))
     return "\n".join([
         "# MoE families of transformers",
         "",
         f"{len(rows)} families, {len(rows) - len(counted)} of them unusable; of the other {len(counted)}, {passed} "
         f"pass ({passed / max(len(counted), 1):.0%}). Made in {seconds / 60:.0f} minutes on {datetime.date.today()}; "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, gloo processes on a CPU, fp32, dp x ep x tp = "
-        f"{' x '.join(map(str, MESH))}, {STEPS} steps of plain SGD, by "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, gloo processes on a CPU, fp32, "
+        f"dp x ep x tp = {mesh}, {STEPS} steps of plain SGD, by "
         "`python -m tests.parity.families --write tests/parity/FAMILIES.md`.",
         "",
         " ".join(TEXT.split()),
