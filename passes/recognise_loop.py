@@ -34,7 +34,8 @@ READS = {aten.index.Tensor, aten.index_select.default}
 WRITES = {aten.index_add.default, aten.index_put.default}
 FOUND = {aten.nonzero.default, aten.nonzero_numpy.default, aten.where.default}
 STEPS = {operator.getitem, aten.select.int, aten.squeeze.dim, aten.squeeze.default, aten.view.default,
-         aten.reshape.default, aten.unbind.int, aten.flatten.using_ints}  # fmt: skip
+         aten.reshape.default, aten.unbind.int, aten.flatten.using_ints, aten.detach.default}  # fmt: skip
+ONE = {aten.argmax.default, aten.max.dim}  # choices of one expert, without a dim for it
 EMPTY = {aten.empty_like.default, aten.empty.memory_format, aten.new_empty.default}
 
 
@@ -94,7 +95,9 @@ class _Loop:
     def rewrite(self) -> None:
         self.index = self.choice()
         tokens = shape(self.index)
-        self.k = tokens[-1] if len(tokens) > 1 else 1
+        made_by = self.index.args[0] if self.index.target is operator.getitem else self.index
+        one = made_by.target in ONE and True not in made_by.args[2:] and not made_by.kwargs.get("keepdim")
+        self.k = tokens[-1] if len(tokens) > 1 and not one else 1
         self.tokens = math.prod(tokens) // self.k
         numbers = self.numbers()
         for self.experts in numbers:
@@ -141,12 +144,13 @@ class _Loop:
         return found
 
     def trial(self, seed: int) -> dict[Node, torch.Tensor]:
-        """A routing that reaches every expert; a token's experts are different."""
+        """A routing that reaches every expert, balanced or (the odd ones) with most tokens alike; a token's experts
+        are different."""
         generator = torch.Generator().manual_seed(seed)
         each = -(-self.experts // self.k)  # tokens that reach every expert, in a row
         base = torch.arange(each * self.k).reshape(each, self.k) % self.experts
         more = torch.rand(max(self.tokens - each, 0), self.experts, generator=generator).argsort(1)[:, : self.k]
-        base = torch.cat([base, more])[: self.tokens]
+        base = torch.cat([base, more[:1].expand_as(more) if seed % 2 else more])[: self.tokens]
         if self.tokens * self.k < self.experts:
             raise Differs(f"the example inputs have {self.tokens} tokens, too few to reach {self.experts} experts")
         relabel = torch.randperm(self.experts, generator=generator)

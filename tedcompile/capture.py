@@ -191,6 +191,11 @@ def _export(model: torch.nn.Module, kwargs: dict[str, Any], mode, calls: Calls, 
     _inline_regions(gm)
     for node in list(gm.graph.nodes):
         same = node.target is aten.to.dtype and node.args[0].meta["val"].dtype == node.meta["val"].dtype
+        if node.target is aten.numpy_T.default:  # x.T
+            node.target, dims = aten.permute.default, node.meta["val"].dim()
+            node.args = (node.args[0], list(reversed(range(dims))))
+        elif node.target is aten.mT.default:
+            node.target, node.args = aten.transpose.int, (node.args[0], -2, -1)
         if same and not any(node.args[2:]) and not node.kwargs:  # x.to(its own dtype) is x
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
