@@ -35,6 +35,11 @@ rules on the names of configuration fields. "cannot": transformers cannot build 
 configuration; these are not counted."""
 
 
+@dataclass(frozen=True)
+class FamilyCase(Case):
+    timeout = 900.0
+
+
 @dataclass
 class Seen:
     """What capture and passes make of a family's model, in one process; `usable` is transformers' own part."""
@@ -149,7 +154,7 @@ def main() -> int:
             seen = look(family)
             result = {}
             if seen.captured and not options.no_processes:
-                (result,) = pool.run([Case(f"hf:{family.name}", MESH)])
+                (result,) = pool.run([FamilyCase(f"hf:{family.name}", MESH)])
             rows.append(row(family, seen, result, time.monotonic() - began))
             print("  ".join(rows[-1]), flush=True)
             if options.write:
