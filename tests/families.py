@@ -7,7 +7,7 @@ configuration counts experts and some weights of its small model grow with their
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ FIELDS: list[tuple[str, Any]] = [
     (r"is_moe|enable_moe_block", True),
     (r".*(experts?_per_tok(en)?|moe_top_?k|top_k|moe_k|top_k_experts)", lambda v: 1 if v == 1 else TOP_K),
     (r"zero_expert_num", 2),
+    (r"expert_capacity", 3),  # tokens are dropped
     (r".*vocab_size\w*", lambda v: v and models.VOCAB),
     (r"hidden_size|d_model", HIDDEN),
     (r".*(intermediate_size\w*|ffn_dim|ffn_hidden_size|d_ff)", lambda v: 96 if v is None else v and 96),
@@ -154,12 +155,15 @@ def config(name: str, experts: int = EXPERTS) -> Any:
     return known(**shrunk(known().to_dict(), experts))
 
 
-def discovered() -> Iterator[Family]:
+def discovered(only: Collection[str] = ()) -> Iterator[Family]:
+    """All families, or those of `only` that are MoE, by name."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto as auto
 
     mappings = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
     for name, title in sorted({n: t for mapping in reversed(mappings) for n, t in mapping.items()}.items()):
+        if only and name not in only:
+            continue
         try:
             default = CONFIG_MAPPING[name]().to_dict()
         except Exception:

@@ -147,9 +147,7 @@ def main() -> int:
 
     rows, start = [], time.monotonic()
     with Pool(MESH[0] * MESH[1] * MESH[2]) as pool:
-        for family in families.discovered():
-            if options.models and family.name not in options.models:
-                continue
+        for family in families.discovered(options.models or ()):
             began = time.monotonic()
             seen = look(family)
             result = {}
