@@ -11,7 +11,8 @@ After:  rows, counts, perm, order = permute(x, index);  y = expert(rows), with g
 
 There are many ways to write the positions, so they are not matched: they are evaluated on routings that reach every
 expert, and must be, on each, those of the tokens (or slots) of one expert, in one order for all that enters and leaves.
-The experts' code is merged by `merge_experts`. A loop that is anything else stays as written.
+Tokens that they leave out (over an expert's capacity) are choices of -1. The experts' code is merged by
+`merge_experts`. A loop that is anything else stays as written.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ READS = {aten.index.Tensor, aten.index_select.default}
 WRITES = {aten.index_add.default, aten.index_put.default}
 FOUND = {aten.nonzero.default, aten.nonzero_numpy.default, aten.where.default}
 STEPS = {operator.getitem, aten.select.int, aten.squeeze.dim, aten.squeeze.default, aten.view.default,
-         aten.reshape.default, aten.unbind.int, aten.flatten.using_ints}  # fmt: skip
+         aten.reshape.default, aten.unbind.int, aten.flatten.using_ints, aten.detach.default}  # fmt: skip
+ONE = {aten.argmax.default, aten.max.dim}  # choices of one expert, without a dim for it
 EMPTY = {aten.empty_like.default, aten.empty.memory_format, aten.new_empty.default}
 
 
@@ -94,7 +96,9 @@ class _Loop:
     def rewrite(self) -> None:
         self.index = self.choice()
         tokens = shape(self.index)
-        self.k = tokens[-1] if len(tokens) > 1 else 1
+        made_by = self.index.args[0] if self.index.target is operator.getitem else self.index
+        one = made_by.target in ONE and True not in made_by.args[2:] and not made_by.kwargs.get("keepdim")
+        self.k = tokens[-1] if len(tokens) > 1 and not one else 1
         self.tokens = math.prod(tokens) // self.k
         numbers = self.numbers()
         for self.experts in numbers:
@@ -141,12 +145,13 @@ class _Loop:
         return found
 
     def trial(self, seed: int) -> dict[Node, torch.Tensor]:
-        """A routing that reaches every expert; a token's experts are different."""
+        """A routing that reaches every expert, balanced or (the odd ones) with most tokens alike; a token's experts
+        are different."""
         generator = torch.Generator().manual_seed(seed)
         each = -(-self.experts // self.k)  # tokens that reach every expert, in a row
         base = torch.arange(each * self.k).reshape(each, self.k) % self.experts
         more = torch.rand(max(self.tokens - each, 0), self.experts, generator=generator).argsort(1)[:, : self.k]
-        base = torch.cat([base, more])[: self.tokens]
+        base = torch.cat([base, more[:1].expand_as(more) if seed % 2 else more])[: self.tokens]
         if self.tokens * self.k < self.experts:
             raise Differs(f"the example inputs have {self.tokens} tokens, too few to reach {self.experts} experts")
         relabel = torch.randperm(self.experts, generator=generator)
@@ -155,7 +160,7 @@ class _Loop:
 
     def slots(self, node: Node) -> tuple[int, list[list[int]], str] | None:
         """The expert of a read or write, the slots of its rows on each trial, and whether it is of tokens or slots."""
-        kind, flats, experts = "", [], set(range(self.experts))
+        kind, flats, experts, dropped = "", [], set(range(self.experts)), False
         for values in self.trials:
             index = values[self.index].reshape(self.tokens, self.k)
             try:
@@ -174,11 +179,18 @@ class _Loop:
             kind = "token" if math.prod(dims) == self.tokens else "slot"
             places = index if kind == "token" else index.reshape(-1, 1)
             ordered = flat.sort().values
-            experts = {e for e in experts if torch.equal((places == e).any(1).nonzero()[:, 0], ordered)}
+            choose = {e: (places == e).any(1) for e in experts}
+            experts = {
+                e
+                for e, chosen in choose.items()
+                if len(set(ordered.tolist())) == len(ordered) and chosen[ordered].all()
+            }
+            dropped |= any(len(ordered) < chosen.sum() for e, chosen in choose.items() if e in experts)
             flats.append((index, flat))
         if len(experts) != 1:
             return None
         (e,) = experts
+        self.drops |= dropped
         lists = [(f if kind == "slot" else f * self.k + (i[f] == e).int().argmax(1)).tolist() for i, f in flats]
         return e, lists, kind
 
@@ -250,6 +262,24 @@ class _Loop:
         return value
 
     puts = False
+    drops = False  # some tokens are over an expert's capacity
+
+    def kept(self, merge: Merge, index: Node) -> Node:
+        """The choices (T, K), -1 where the loop's masks leave a token out."""
+        masks = {}
+        for read, e in self.reads.items():
+            n = _positions(read)[0]
+            while n.target in STEPS:
+                n = n.args[0]
+            masks[e] = n.args[0] if n.target in FOUND else n
+        if any(math.prod(shape(m)) != self.tokens for m in masks.values()):
+            raise Differs("it leaves tokens out, and its masks are not of tokens")
+        rows = [merge.add(aten.reshape.default, (masks[e], [self.tokens])) for e in range(self.experts)]
+        table = merge.add(aten.ne.Scalar, (merge.add(aten.stack.default, (rows, 1)), 0))
+        number = merge.add(aten.to.dtype, (index, torch.int64))
+        kept = merge.add(aten.to.dtype, (merge.add(aten.gather.default, (table, 1, number)), torch.int64))
+        above = merge.add(aten.mul.Tensor, (merge.add(aten.add.Tensor, (number, 1)), kept))
+        return merge.add(aten.sub.Tensor, (above, 1))
 
     def replace(self, writes: list[tuple[int, Node, Node]]) -> None:
         graph, last = self.gm.graph, writes[-1][1]
@@ -264,7 +294,8 @@ class _Loop:
             merge = Merge(self.gm, self.ctx, self.experts, entries, writes[0][2])
             index = merge.add(aten.reshape.default, (self.index, [self.tokens, self.k]))
             flat = x if len(shape(x)) == 2 else merge.add(aten.reshape.default, (x, [self.tokens, -1]))
-            dispatch = merge.add(ops.permute.default, (flat, index, self.experts))
+            chosen = self.kept(merge, index) if self.drops else index
+            dispatch = merge.add(ops.permute.default, (flat, chosen, self.experts))
             rows, counts, perm, order = (merge.add(operator.getitem, (dispatch, i)) for i in range(4))
             back = merge.add(aten.reshape.default, (perm, [-1]))
             merge.rows, merge.counts = rows, counts

@@ -83,6 +83,27 @@ def fake_weights(model: torch.nn.Module, mode) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _conversions(model: torch.nn.Module) -> Iterator[None]:
+    """`module.to(...)` inside a forward: nothing where nothing changes, and refused where it would change weights."""
+
+    def convert(path: str, module: torch.nn.Module, change) -> torch.nn.Module:
+        for name, t in (*module.named_parameters(), *module.named_buffers()):
+            made = change(t)
+            if (made.dtype, made.device) != (t.dtype, t.device):
+                raise ValueError(f"the forward converts {path}.{name} from {t.dtype} to {made.dtype}; do it before")
+        return module
+
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        vars(module)["_apply"] = lambda change, *_, path=path, module=module: convert(path, module, change)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            vars(module).pop("_apply", None)
+
+
+@contextlib.contextmanager
 def _own_hooks_off(model: torch.nn.Module) -> Iterator[None]:
     saved = {name: getattr(model, name) for name in ("_forward_hooks", "_forward_pre_hooks")}
     for name in saved:
@@ -155,8 +176,9 @@ def _export(model: torch.nn.Module, kwargs: dict[str, Any], mode, calls: Calls, 
     fake_kwargs = pytree.tree_unflatten(inputs, spec)
     try:
         with (
-            frontends.prepared(model), fake_weights(model, mode), _own_hooks_off(model), keep_functions(),
-            calls.watch(), _GroupedProducts(), Assumed() if assume else contextlib.nullcontext(), _quiet(), mode,
+            frontends.prepared(model), fake_weights(model, mode), _conversions(model), _own_hooks_off(model),
+            keep_functions(), calls.watch(), _GroupedProducts(), Assumed() if assume else contextlib.nullcontext(),
+            _quiet(), mode,
         ):  # fmt: skip
             program = torch.export.export(model, (), fake_kwargs, strict=False)
     except Exception as error:
@@ -169,6 +191,11 @@ def _export(model: torch.nn.Module, kwargs: dict[str, Any], mode, calls: Calls, 
     _inline_regions(gm)
     for node in list(gm.graph.nodes):
         same = node.target is aten.to.dtype and node.args[0].meta["val"].dtype == node.meta["val"].dtype
+        if node.target is aten.numpy_T.default:  # x.T
+            node.target, dims = aten.permute.default, node.meta["val"].dim()
+            node.args = (node.args[0], list(reversed(range(dims))))
+        elif node.target is aten.mT.default:
+            node.target, node.args = aten.transpose.int, (node.args[0], -2, -1)
         if same and not any(node.args[2:]) and not node.kwargs:  # x.to(its own dtype) is x
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)

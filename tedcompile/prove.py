@@ -125,8 +125,8 @@ class Prover:
             size = (*lead, *x.shape[len(lead) :])
             if x.dtype == torch.bool:
                 return torch.rand(size, generator=generator) < 0.5
-            if x.is_floating_point():
-                made = torch.randn(size, generator=generator, dtype=dtype)
+            if x.is_floating_point() or x.is_complex():
+                made = torch.randn(size, generator=generator, dtype=dtype.to_complex() if x.is_complex() else dtype)
             else:
                 last = size[-1] if size else 1
                 scores = torch.rand(*size[:-1], max(experts, last), generator=generator)

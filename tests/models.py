@@ -142,6 +142,15 @@ VARIANTS["qwen3_moe_kv2"] = functools.partial(hugging_face, "qwen3_moe", num_key
 MODELS: dict[str, Build] = BASE | VARIANTS
 
 
+def find(name: str) -> Build:
+    """A model of this file, or, as "hf:TYPE", the small model of a family of the installed transformers."""
+    if name.startswith("hf:"):
+        from tests import families
+
+        return functools.partial(families.build, name.removeprefix("hf:"))
+    return MODELS[name]
+
+
 def plain(model: nn.Module) -> nn.Module:
     """The model as its users run it on one device: Hugging Face experts as the loop that their source shows."""
     if hasattr(model, "set_experts_implementation"):

@@ -62,7 +62,8 @@ def prepared(model) -> Iterator[None]:
 
 def example_inputs(model) -> dict[str, Any]:
     ids = torch.zeros(2, 16, dtype=torch.int64)
-    return {"input_ids": ids, "labels": ids.clone()}
+    inputs = {"input_ids": ids, "labels": ids.clone()}
+    return inputs | {"attention_mask": torch.ones_like(ids)} if model.config.is_encoder_decoder else inputs
 
 
 def from_checkpoint(model, found: dict[str, torch.Tensor]) -> Mapped:

@@ -66,7 +66,7 @@ OPTIONS: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class Case:
-    model: str  # of tests.models.MODELS
+    model: str  # a name that tests.models.find knows
     mesh: tuple[int, int, int]  # dp, ep, tp
     scenario: str = "plain"
     backend: str = "eager"
@@ -162,7 +162,7 @@ SCENARIOS = {
 
 def build(model: str, scenario: str, experts: int) -> tuple[nn.Module, Callable[[int, int], dict[str, Tensor]]]:
     """The plain model and `batch(data_rank, step)` of a case, equal on every rank."""
-    module, make_batch = models.MODELS[model](experts=experts)
+    module, make_batch = models.find(model)(experts=experts)
     spec = SCENARIOS[scenario]
 
     def batch(data_rank: int, step: int) -> dict[str, Tensor]:
