@@ -16,6 +16,7 @@ The experts' code is merged by `merge_experts`. A loop that is anything else sta
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections import Counter
@@ -92,19 +93,7 @@ class _Loop:
         self.kind: dict[Node, str] = {}
 
     def rewrite(self) -> None:
-        self.index = self.choice()
-        tokens = shape(self.index)
-        self.k = tokens[-1] if len(tokens) > 1 else 1
-        self.tokens = math.prod(tokens) // self.k
-        numbers = self.numbers()
-        for self.experts in numbers:
-            try:
-                self.trials = [self.trial(seed) for seed in range(4)]
-                self.find_reads()
-                break
-            except Differs:
-                if self.experts == numbers[-1]:
-                    raise
+        self.find_choice()
         writes = self.find_writes()
         if self.ctx.prove and (
             reason := self.ctx.prove([self.index, *self.reads, *(w[1] for w in writes)], self.experts)
@@ -112,25 +101,36 @@ class _Loop:
             raise Differs(reason)
         self.replace(writes)
 
-    def choice(self) -> Node:
-        """The nearest integer value made of floating ones, or given: which experts each token goes to."""
-        pending, seen = list(_positions(self.node)), set()
+    def find_choice(self) -> None:
+        problem = Differs("its tokens do not come from a choice of experts")
+        for index, experts in itertools.product(self.choices(), self.numbers()):
+            self.index, self.experts = index, experts
+            tokens = shape(self.index)
+            self.k = tokens[-1] if len(tokens) > 1 else 1
+            self.tokens = math.prod(tokens) // self.k
+            try:
+                self.trials = [self.trial(seed) for seed in range(4)]
+                self.find_reads()
+                return
+            except Differs as error:
+                problem = error
+        raise problem
+
+    def choices(self) -> list[Node]:
+        """The integer values that decide the tokens, the nearest first: one of them says which experts each goes to."""
+        pending, found = list(_positions(self.node)), dict[Node, None]()
+        seen: set[Node] = set()
         while pending:
             n = pending.pop(0)
             value = n.meta.get("val")
-            if n in seen:
+            if n in seen or (isinstance(value, torch.Tensor) and value.is_floating_point()):
                 continue
             seen.add(n)
-            if not isinstance(value, torch.Tensor) or not _static(value):
-                pending.extend(n.all_input_nodes)
-                continue
-            source = n.args[0] if n.target is operator.getitem else n
-            made_of = [a.meta["val"] for a in source.all_input_nodes if isinstance(a.meta["val"], torch.Tensor)]
-            integer = not value.is_floating_point() and value.dtype != torch.bool and value.numel() > 1
-            if integer and (n.op == "placeholder" or any(v.is_floating_point() for v in made_of)):
-                return n
+            number = isinstance(value, torch.Tensor) and value.dtype != torch.bool and _static(value)
+            if number and value.numel() > 1:
+                found[n] = None
             pending.extend(n.all_input_nodes)
-        raise Differs("its tokens do not come from a choice of experts")
+        return list(found)
 
     def numbers(self) -> list[int]:
         """How many experts there may be: so many times the loop reads the same value."""
@@ -142,6 +142,8 @@ class _Loop:
 
     def trial(self, seed: int) -> dict[Node, torch.Tensor]:
         """A routing that reaches every expert; a token's experts are different."""
+        if self.k > self.experts:
+            raise Differs(f"{self.index.name} has more entries for a token than there are experts")
         generator = torch.Generator().manual_seed(seed)
         each = -(-self.experts // self.k)  # tokens that reach every expert, in a row
         base = torch.arange(each * self.k).reshape(each, self.k) % self.experts

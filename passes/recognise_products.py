@@ -602,6 +602,7 @@ def _most(dispatch: Node, tokens: int, experts: int, capacity: int) -> int:
             seen.add(n)  # noqa: B023
             value = n.meta.get("val")
             cut = n.op == "placeholder" or n.target in (aten.linear.default, aten.mm.default, aten.matmul.default)
+            cut = cut or torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
             if cut and isinstance(value, torch.Tensor):
                 size = tuple(value.shape)
                 values[n] = (  # noqa: B023

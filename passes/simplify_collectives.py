@@ -157,7 +157,8 @@ class _Region:
         trials: list[dict[Node, Any]] = [{}]
         for a in node.all_input_nodes:
             if self.layout(a) == R and isinstance(val(a), torch.Tensor) and not a.meta.get("weights_only"):
-                trials += [{a: S(d)} for d in range(ndim(a)) if shape(a)[d] % self.tp == 0 and shape(a)[d] > 1]
+                known = [d for d in range(ndim(a)) if isinstance(shape(a)[d], int)]
+                trials += [{a: S(d)} for d in known if shape(a)[d] % self.tp == 0 and shape(a)[d] > 1]
         for given in trials:
             found = self.call(node, given)
             if found and found[0] == wanted:
