@@ -29,7 +29,7 @@ from tedcompile.capture import module_path, source_line
 from tedcompile.layouts import aten, shape
 from tedcompile.ops import ops
 from tedcompile.passes.merge_experts import Differs, Merge
-from tedcompile.passes.recognise_sorted import _static, _zeros
+from tedcompile.passes.recognise_sorted import _static, _zeros, combine
 
 READS = {aten.index.Tensor, aten.index_select.default}
 WRITES = {aten.index_add.default, aten.index_put.default}
@@ -176,6 +176,7 @@ class _Loop:
             kind = "token" if math.prod(dims) == self.tokens else "slot"
             places = index if kind == "token" else index.reshape(-1, 1)
             ordered = flat.sort().values
+            experts &= set(places[ordered[0]].tolist()) if len(ordered) else set()
             experts = {e for e in experts if torch.equal((places == e).any(1).nonzero()[:, 0], ordered)}
             flats.append((index, flat))
         if len(experts) != 1:
@@ -203,7 +204,7 @@ class _Loop:
                 if found:
                     e, lists, self.kind[n] = found
                     if self.order.setdefault(e, lists) != lists:
-                        raise Differs(f"{n.name} reads an expert's tokens in another order")
+                        raise Differs(f"{n.name} reads an expert's tokens in another order", n)
                     self.reads[n] = e
         if set(self.order) != set(range(self.experts)):
             raise Differs(f"{len(self.order)} of {self.experts} parts read the tokens of one expert each")
@@ -215,7 +216,7 @@ class _Loop:
             if n.target in WRITES and (found := self.slots(n)):
                 e, lists, kind = found
                 if self.order.get(e) != lists:
-                    raise Differs(f"{n.name} writes an expert's tokens in another order than they are read")
+                    raise Differs(f"{n.name} writes an expert's tokens in another order than they are read", n)
                 writes.append((e, n, self.added(n, kind)))
                 self.kind[n] = kind
         if sorted(e for e, _, _ in writes) != list(range(self.experts)):
@@ -223,13 +224,13 @@ class _Loop:
         for (_, a, _), (_, b, _) in zip(writes, writes[1:]):
             again = {u for u in a.users if self.reads.get(u) is not None and u.args[0] is a}
             if b.args[0] is not a or set(a.users) - again != {b}:
-                raise Differs(f"{b.name} does not follow the result of the expert before")
+                raise Differs(f"{b.name} does not follow the result of the expert before", b)
         return writes
 
     def added(self, write: Node, kind: str) -> Node:
         if write.target is aten.index_add.default:
             if write.args[1] != 0 or write.kwargs:
-                raise Differs(f"{write.name} scales what it adds")
+                raise Differs(f"{write.name} scales what it adds", write)
             return write.args[3]
         value, adds = write.args[2], len(write.args) > 3 and write.args[3]
         if adds:
@@ -242,7 +243,7 @@ class _Loop:
         while base.target is aten.index_put.default:
             base = base.args[0]
         if base.target not in EMPTY and not _zeros(base):
-            raise Differs(f"{write.name} overwrites a value that is not empty")
+            raise Differs(f"{write.name} overwrites a value that is not empty", write)
         return self.put(value, kind)
 
     def put(self, value: Node, kind: str) -> Node:
@@ -287,7 +288,7 @@ class _Loop:
             if self.puts:
                 out = merge.add(ops.take.default, (y, back, order))
             else:
-                out = _combine(merge, y, perm, order)
+                out = combine(merge.add, y, perm, order)
             if shape(out) != shape(last):
                 out = merge.add(aten.reshape.default, (out, list(shape(last))))
             if out.meta["val"].dtype != last.meta["val"].dtype:
@@ -315,7 +316,7 @@ class _Loop:
 
             walk(result)
             if any(self.reads[n] != e for n in found):
-                raise Differs(f"{result.name} mixes the tokens of several experts")
+                raise Differs(f"{result.name} mixes the tokens of several experts", result)
             lists.append(list(found))
         if len({len(found) for found in lists}) != 1:
             raise Differs("the experts do not read alike")
@@ -360,17 +361,3 @@ class _Loop:
         table = merge.add(aten.stack.default, (flat, 1))
         value = merge.add(aten.gather.default, (table, 1, merge.add(aten.to.dtype, (index, torch.int64))))
         return merge.add(aten.reshape.default, (value, [slots, *rest]))
-
-
-def _combine(merge: Merge, y: Node, perm: Node, order: Node) -> Node:
-    """The sum of each token's rows; where they are scaled by a weight of their slot at last, a weighted sum."""
-    if y.target is aten.mul.Tensor:
-        for a, b in (y.args, y.args[::-1]):
-            w = b
-            while isinstance(w, Node) and w.target in (aten.unsqueeze.default, aten.reshape.default, aten.view.default):
-                w = w.args[0]
-            taken = isinstance(w, Node) and w.target is ops.take.default and w.args[1] is order
-            if taken and isinstance(a, Node) and shape(a) == shape(y) and math.prod(shape(b)) == shape(y)[0]:
-                weights = merge.add(aten.reshape.default, (w.args[0], list(shape(perm))))
-                return merge.add(ops.unpermute.default, (a, perm, order, weights))
-    return merge.add(ops.gather_sum.default, (y, perm, order))

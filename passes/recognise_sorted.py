@@ -17,7 +17,9 @@ between is left as it is. A grouped product whose integers are something else st
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Callable
 
 import torch
 from torch.fx import GraphModule, Node
@@ -27,6 +29,7 @@ from tedcompile.capture import module_path, source_line
 from tedcompile.layouts import aten, shape
 from tedcompile.ops import ops
 
+VIEWS = {aten.unsqueeze.default, aten.reshape.default, aten.view.default}
 ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.full.default, aten.full_like.default}
 
 
@@ -76,6 +79,20 @@ def _gathers(graph) -> None:
             node.replace_all_uses_with(new)
 
 
+def combine(add: Callable, y: Node, perm: Node, order: Node) -> Node:
+    """The sum of each token's rows; where they are scaled by a weight of their slot at last, a weighted sum."""
+    if y.target is aten.mul.Tensor:
+        for a, b in (y.args, y.args[::-1]):
+            w = b
+            while isinstance(w, Node) and w.target in VIEWS:
+                w = w.args[0]
+            taken = isinstance(w, Node) and w.target is ops.take.default and w.args[1] is order
+            if taken and isinstance(a, Node) and shape(a) == shape(y) and math.prod(shape(b)) == shape(y)[0]:
+                weights = add(aten.reshape.default, (w.args[0], list(shape(perm))))
+                return add(ops.unpermute.default, (a, perm, order, weights))
+    return add(ops.gather_sum.default, (y, perm, order))
+
+
 class _Block:
     """One MoE block, found from a grouped product."""
 
@@ -100,7 +117,7 @@ class _Block:
         return self.replace(index, tokens[0], roles)
 
     def routings(self) -> list[Node]:
-        """The integer values, with an entry for each slot, that may decide the group sizes: (T, K) ones first, and the nearest."""
+        """The integer values, with an entry for each slot, that may decide the group sizes: (T, K) ones first."""
         seen, front, found = set(), [self.node.args[2]], []
         while front:
             n = front.pop(0)
@@ -246,6 +263,14 @@ class _Block:
                 add_to_tokens(u, u.args[3])
         for old, new in changed:
             old.replace_all_uses_with(new)
+        for total in [n for n in graph.nodes if n.target is ops.gather_sum.default and n.args[1] is perm]:
+            with graph.inserting_before(total):
+                new = combine(lambda target, args: graphs.call(graph, target, args, total), *total.args)  # noqa: B023
+            if new.meta["val"].dtype == total.meta["val"].dtype:
+                total.replace_all_uses_with(new)
+                graph.erase_node(total)
+            else:
+                graph.erase_node(new)
         graphs.sort_nodes(graph)
         for old, _ in reversed(changed):
             if not old.users:
@@ -269,8 +294,8 @@ class _Block:
 class _Rows:
     """Grouped products of any rows in the order of the experts, such as padded ones or those that experts choose.
 
-    Their op says which expert each row is for, so the rows themselves are dispatched, as tokens of one slot; rows behind
-    the last group are for none. Where the experts' body ends, every row is back in its place.
+    Their op says which expert each row is for, so the rows themselves are dispatched, as tokens of one slot; rows
+    behind the last group are for none. Where the experts' body ends, every row is back in its place.
     """
 
     def __init__(self, gm: GraphModule, node: Node, problem: str):
@@ -343,9 +368,9 @@ class _Rows:
         body = after & before
         for n in self.gm.graph.nodes:
             others = [a for a in n.all_input_nodes if a not in body]
-            if n.target is aten.add.Tensor and len(others) == 1 and len(n.all_input_nodes) == 2 and n not in body:
-                if others[0].meta.get("weights_only") or self.per_expert(others[0]) is not None:
-                    body.add(n)
+            adds = n.target is aten.add.Tensor and len(others) == 1 and len(n.all_input_nodes) == 2 and n not in body
+            if adds and (others[0].meta.get("weights_only") or self.per_expert(others[0]) is not None):
+                body.add(n)
         return [n for n in self.gm.graph.nodes if n in body]
 
     def per_expert(self, a: Node) -> Node | None:

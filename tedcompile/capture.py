@@ -167,7 +167,7 @@ def _export(model: torch.nn.Module, kwargs: dict[str, Any], mode, calls: Calls, 
     try:
         with (
             frontends.prepared(model), fake_weights(model, mode), _own_hooks_off(model), keep_functions(),
-            calls.watch(), _GroupedProducts(), assumed, _quiet(), mode,
+            calls.watch(), _GroupedProducts(), assumed, compat.user_frames(), _quiet(), mode,
         ):  # fmt: skip
             if assume:
                 model.register_forward_pre_hook(give_examples, with_kwargs=True)

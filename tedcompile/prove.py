@@ -149,7 +149,7 @@ class _Proof:
         return ""
 
     def other_code(self, captured: Captured) -> str:
-        """How the module's part of the model's graph differs from its narrower copy's by more than sizes, if it does."""
+        """How the module's part of the model's graph differs from its narrow copy's by more than sizes, if it does."""
         own = [n for n in _copied(captured.gm).nodes if n.op == "call_function"]
         if len(own) != len(self.code):
             return "its code depends on its widths"

@@ -444,7 +444,7 @@ class GatheredMatmul(Stacked):
         return (y.squeeze(2) * weights.unsqueeze(-1)).sum(1)
 
 
-# ---- 7. parameters in other shapes, and what stands beside the experts
+# ---- 3. places of a capacity, filled in other ways
 
 
 class ExpertChoiceBmm(Stacked):
@@ -479,6 +479,9 @@ class Buffers(Stacked):
         y = self.body(buffers[:-1].view(E, capacity, H)).reshape(-1, H)
         y = torch.cat([y, y.new_zeros(1, H)])[place] * (weights.flatten() * kept)[:, None]
         return y.view(T, self.k, H).sum(1)
+
+
+# ---- 7. parameters in other shapes, and what stands beside the experts
 
 
 class Fused(LoopContinue):
@@ -588,24 +591,24 @@ DENSE = {c.__name__: c for c in (LoopDense, DenseBmm, DenseEinsum, DenseInputs)}
 GATHERED = {c.__name__: c for c in (Gathered, GatheredEinsum, GatheredMatmul)}
 GROUPED = {
     c.__name__: c
-    for c in (GroupedMm, GroupedBefore, GroupedFunctional, GroupedPadded, GroupedPermuted, ExpertChoice)
+    for c in (GroupedMm, GroupedBefore, GroupedFunctional, GroupedHalf, GroupedPadded, GroupedPermuted, ExpertChoice)
 }
 CAPACITY = {c.__name__: c for c in (ExpertChoiceBmm, ExpertChoiceOneHot, Buffers)}
-SHAPES = {
-    c.__name__: c
-    for c in (Fused, FusedTransposed, FusedInterleaved, GroupedInterleaved, DenseFused)
-}
+SHAPES = {c.__name__: c for c in (Fused, FusedTransposed, FusedInterleaved, GroupedInterleaved, DenseFused)}
 SHARED = {c.__name__: c for c in (Shared, SharedGated, GroupedShared)}
 STYLES: dict[str, Callable[[], nn.Module]] = LOOPS | CONTROL | ONE_HOT | DENSE | GATHERED
 STYLES |= GROUPED | CAPACITY | SHAPES | SHARED
+NUMBERS = {name: number for number, group in {1: LOOPS, 2: CONTROL, 3: ONE_HOT | CAPACITY, 4: DENSE, 5: GROUPED,
+           6: GATHERED, 7: SHAPES | SHARED}.items() for name in group}  # fmt: skip
 STYLES["LoopBiases"] = functools.partial(LoopContinue, functools.partial(MLP, bias=True))
 STYLES["LoopSequential"] = functools.partial(LoopAny, FeedForward)
+NUMBERS |= {"LoopBiases": 2, "LoopSequential": 2}
 
 
-def build(name: str) -> nn.Module:
+def build(make: Callable[[], nn.Module]) -> nn.Module:
     """The module with random weights, the same on every call."""
     torch.manual_seed(0)
-    module = STYLES[name]()
+    module = make()
     with torch.no_grad():
         for p in module.parameters():
             p.normal_(0, 0.5)
