@@ -54,6 +54,7 @@ def run(gm: GraphModule, ctx) -> None:
         except Differs as error:
             at = source_line(node) or module_path(node)
             ctx.replicated.append((node, f"the loop at {at} is not one over experts: {error}"))
+            ctx.unfit.append(str(error))
             tried |= {node, *loop.reads}
         graphs.erase_unused(gm.graph)
 

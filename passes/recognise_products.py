@@ -55,6 +55,7 @@ def run(gm: GraphModule, ctx) -> None:
         except Differs as error:
             at = source_line(node) or module_path(node)
             ctx.replicated.append((node, f"the product at {at} is not one of experts and tokens: {error}"))
+            ctx.unfit.append(str(error))
             tried |= {n for n in gm.graph.nodes if n.target in PRODUCTS and module_path(n) == module_path(node)}
         graphs.erase_unused(gm.graph)
 

@@ -42,11 +42,13 @@ def run(gm: GraphModule, ctx) -> None:
         if node.target is not ops.grouped_mm.default or node.args[2] in done or _canonical(node.args[2]):
             continue
         done.add(node.args[2])
-        reason = _Block(gm, node).rewrite(ctx)
-        if reason:
+        known = _static(node.args[0].meta["val"])
+        reason = _Block(gm, node).rewrite(ctx) if known else "the number of its rows depends on the values of tensors"
+        if reason and known:
             reason = _Rows(gm, node, reason).rewrite(ctx)
         if reason:
             at = source_line(node) or module_path(node)
+            ctx.unfit.append(reason)
             ctx.replicated.append((node, f"the grouped product at {at} is not a dispatch to experts: {reason}"))
     gm.graph.eliminate_dead_code()
 

@@ -36,6 +36,10 @@ class _Unable(Exception):
     """The module's own code does not run in a dtype."""
 
 
+class _Unfit(Exception):
+    """The module alone is not recognised, and why."""
+
+
 class Prover:
     """Proves blocks of one captured model; equal modules once. `recognise` makes the recognised graph of a capture."""
 
@@ -55,11 +59,15 @@ class Prover:
         key = (_facts(module), str(pytree.tree_map(_fact, (args, kwargs))), experts)
         if key not in self.verdicts:
             given = nodes[0].op == "placeholder"  # the choice of experts
-            self.verdicts[key] = self.prove(path, args, kwargs, experts, experts if given else 8 * experts)
-        reason = self.verdicts[key]
-        if not reason:
+            try:
+                reason = self.prove(path, args, kwargs, experts, experts if given else 8 * experts)
+                what = path or type(module).__name__
+                self.verdicts[key] = reason and f"the proof of {what} failed: {reason}"
+            except _Unfit as error:
+                self.verdicts[key] = str(error)
+        if not self.verdicts[key]:
             self.proven.add(path)
-        return reason and f"the proof of {path or type(module).__name__} failed: {reason}"
+        return self.verdicts[key]
 
     def whole(self) -> dict:
         names = list(bind(self.model.forward, (), self.captured.kwargs))
@@ -138,7 +146,7 @@ class _Proof:
         except Exception as error:
             return f"alone, it could not be recognised ({error})"
         if not any(str(n.target).startswith("ted.permute") for n in gm.graph.nodes):
-            return "alone, it is not recognised"
+            raise _Unfit("; ".join(gm.meta["unfit"]) or "alone, it is not recognised")
         for trial, name in zip(trials, TRIALS):
             try:
                 reason = _compare(own, captured, gm, trial, state, TOLERANCE[self.dtype])

@@ -310,12 +310,12 @@ def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 class GroupedMm(Moe):
     """torchtitan: sorted slots, counts by histc, scores before or after the experts, added back by scatter_add."""
 
-    before = False
+    before, inner = False, I
 
     def __init__(self, k: int = K):
         super().__init__(None, k)
-        self.w1, self.w3 = nn.Parameter(torch.empty(E, I, H)), nn.Parameter(torch.empty(E, I, H))
-        self.w2 = nn.Parameter(torch.empty(E, H, I))
+        self.w1, self.w3 = nn.Parameter(torch.empty(E, self.inner, H)), nn.Parameter(torch.empty(E, self.inner, H))
+        self.w2 = nn.Parameter(torch.empty(E, H, self.inner))
 
     def body(self, rows: Tensor, counts: Tensor) -> Tensor:
         h = F.silu(grouped_mm(rows, self.w1.transpose(-2, -1), counts))
@@ -360,6 +360,8 @@ class GroupedFunctional(GroupedMm):
 
 class GroupedHalf(GroupedMm):
     """Products in bf16 whatever the parameters are, as torchtitan's are."""
+
+    inner = 16  # torch wants rows of a multiple of 16 bytes
 
     def body(self, rows, counts):
         rows_, w1, w2, w3 = (t.bfloat16() for t in (rows, self.w1, self.w2, self.w3))
