@@ -88,7 +88,12 @@ class Merge:
             n.op != "call_function" or n.target is not first.target or len(n.args) != len(first.args) for n in nodes
         ):
             other = next((n for n in nodes if n.target is not first.target), nodes[-1])
-            raise Differs(f"the experts are not the same code: {first.target} and {other.target}", other)
+            what = (
+                f"{first.target} and {other.target}"
+                if other.target is not first.target
+                else f"two kinds of {first.target}"
+            )
+            raise Differs(f"the experts are not the same code: {what}", other)
         if any(n.kwargs != first.kwargs for n in nodes):
             raise Differs(f"{first.name} has other options for each expert", first)
         target, args = first.target, list(zip(*(n.args for n in nodes)))

@@ -592,8 +592,7 @@ ONE_HOT = {c.__name__: c for c in (OneHot, OneHotModules, Switch)}
 DENSE = {c.__name__: c for c in (LoopDense, DenseBmm, DenseEinsum, DenseInputs)}
 GATHERED = {c.__name__: c for c in (Gathered, GatheredEinsum, GatheredMatmul)}
 GROUPED = {
-    c.__name__: c
-    for c in (GroupedMm, GroupedBefore, GroupedFunctional, GroupedHalf, GroupedPadded, GroupedPermuted, ExpertChoice)
+    c.__name__: c for c in (GroupedMm, GroupedBefore, GroupedFunctional, GroupedPadded, GroupedPermuted, ExpertChoice)
 }
 CAPACITY = {c.__name__: c for c in (ExpertChoiceBmm, ExpertChoiceOneHot, Buffers)}
 SHAPES = {c.__name__: c for c in (Fused, FusedTransposed, FusedInterleaved, GroupedInterleaved, DenseFused)}

@@ -19,8 +19,7 @@ ALL = styles.STYLES | routers.ROUTERS
 MESHES = [MeshShape(ep=2, tp=2), MeshShape(dp=2, ep=2), MeshShape(ep=4), MeshShape(tp=2)]
 FEW = ("LoopWhere", "LoopHitStacked", "LoopSplit", "OneHotModules", "DenseBmm", "GroupedPadded", "Gathered", "Buffers",
        "RandomTokens")  # fmt: skip
-CASES = [(name, MESHES[0]) for name in ALL if name != "GroupedHalf"]  # in bf16, sums over tp are other sums
-CASES += [("GroupedHalf", MESHES[1])]
+CASES = [(name, MESHES[0]) for name in ALL]
 CASES += [(name, MESHES[1 + i % 3]) for i, name in enumerate(FEW)]
 BESIDE = ("gate.", "shared", "width", "temperature")  # names of parameters that no expert has
 # partial sums of an expert are not cast: TED's plan, which would split these experts over tp, leaves them whole there
@@ -61,6 +60,12 @@ def test_dense_experts_see_all_tokens_without_sending_any_twice(style):
     for mesh in (MESHES[0], MESHES[2]):
         gm, _ = distributed(module, batches(1, module)[0], mesh, own_plan=True)
         assert ("ted::all_to_all" in targets(gm)) == (style == "DenseInputs")  # scores are rows of their own, too
+
+
+def test_products_in_bf16_are_recognised():
+    """torchtitan casts operands to bf16 whatever the parameters are."""
+    gm, reasons = recognised(styles.build(styles.GroupedHalf))
+    assert not reasons and targets(gm).count("ted::permute") == 1
 
 
 def recognised(module):

@@ -42,7 +42,7 @@ def row(name: str, make, meshes: list[tuple[int, int, int]]) -> tuple[list[str],
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 gm, ctx = distributed(module, inputs[0], mesh)
-                other, _ = distributed(module, inputs[0], mesh, own_plan=True)
+                other = distributed(module, inputs[0], mesh, own_plan=True)[0] if sizes == meshes[0] else gm
         except Exception as error:
             found["reason"].append(f"{where}: {str(error).splitlines()[0]}")
             continue
@@ -52,7 +52,7 @@ def row(name: str, make, meshes: list[tuple[int, int, int]]) -> tuple[list[str],
         if {"ted::permute", "ted::select"} & set(targets(gm)) and not why:
             found["recognised"].append(where)
         kinds = {n.meta["dispatch"] for n in other.graph.nodes if isinstance(n.meta.get("dispatch"), layouts.Dispatch)}
-        found["dispatch"] += [k.kind for k in kinds if mesh.ep > 1]
+        found["dispatch"] += [k.kind for k in kinds if other is not gm]
         split = placements(gm)
         experts = {n for n, p in module.named_parameters() if not n.startswith(BESIDE) and "bias" not in n}
         for axis in ("ep", "tp"):
