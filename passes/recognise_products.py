@@ -89,7 +89,8 @@ def _rewrite(gm: GraphModule, ctx, node: Node) -> None:
             if ctx.prove and (reason := ctx.prove([node, end, *block.own], block.experts)):
                 raise Differs(reason)
         except Differs as error:
-            problem = f"as {style.style}: {error}" if style is not _Places else problem
+            if style is not _Places or "proof" in str(error):
+                problem = f"as {style.style}: {error}"
             known = set(before)
             for n in reversed(gm.graph.nodes):
                 if n not in known:

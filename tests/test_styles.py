@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from tedcompile import pipeline
+from tedcompile import graphs, pipeline, prove
 from tedcompile.capture import capture
 from tedcompile.mesh import MeshShape
-from tedcompile.passes import merge_experts, recognise_loop, separate_experts
+from tedcompile.passes import merge_experts, recognise_loop, recognise_products, separate_experts
 from tedcompile.passes.merge_experts import Merge
 from tests import routers, styles
 from tests.lockstep import distributed, parity, placements, targets
@@ -109,7 +109,32 @@ def forget_idle(monkeypatch):
     monkeypatch.setattr(Merge, "spread", other)
 
 
+def flip_places(monkeypatch):
+    dispatch = recognise_products._Places.dispatch
+    flip = torch.ops.aten.flip.default
+
+    def other(self, x, index):
+        dispatch(self, x, self.add(flip, (index, [0])))
+
+    monkeypatch.setattr(recognise_products._Places, "dispatch", other)
+
+
+def next_expert(monkeypatch):
+    """Sorted rows whose expert is the one after theirs."""
+    call, aten = graphs.call, torch.ops.aten
+
+    def other(graph, target, args, like, val=None):
+        if target is aten.masked_fill.Scalar:
+            after = call(graph, aten.add.Scalar, (args[0], 1), like)
+            args = (call(graph, aten.remainder.Scalar, (after, styles.E), like), *args[1:])
+        return call(graph, target, args, like, val)
+
+    monkeypatch.setattr(graphs, "call", other)
+
+
 @pytest.mark.parametrize("mutate, style, word", [
+    (flip_places, "ExpertChoiceBmm", "output 0 differs"),
+    (next_expert, "ExpertChoice", "output 0 differs"),
     (swap_experts, "LoopWhere", "output 0 differs"),
     (drop_bias, "LoopBiases", "output 0 differs"),
     (wrong_score, "LoopWhere", "output 0 differs"),
@@ -164,6 +189,30 @@ def test_the_block_is_proven_and_equal_blocks_once():
     gm = pipeline.run_forward(captured, ctx)
     assert ctx.prove.proven == {"layers.0", "layers.1"} and list(ctx.prove.verdicts.values()) == [""]
     assert targets(gm).count("ted::permute") == 2
+
+
+class ByWidth(styles.LoopContinue):
+    """Its code depends on its width, so nothing is proven by a narrower copy."""
+
+    def dispatch(self, x, weights, index):
+        out = super().dispatch(x, weights, index)
+        return 2 * out if x.shape[-1] > 64 else out
+
+
+@pytest.mark.parametrize("style, narrow", [
+    (styles.LoopContinue, True), (styles.GatheredEinsum, True), (styles.LoopWhere, False), (ByWidth, False),
+], ids=lambda x: getattr(x, "__name__", ""))  # fmt: skip
+def test_a_wide_block_is_proven_on_a_narrower_copy_where_its_code_is_the_same(style, narrow, monkeypatch):
+    """LoopWhere has its width as a number in its code."""
+    monkeypatch.setattr(styles, "H", 128)
+    monkeypatch.setattr(styles, "I", 192)
+    copy, widths = prove._copy, []
+    monkeypatch.setattr(prove, "_copy", lambda m, dtype, sizes: widths.append(sizes) or copy(m, dtype, sizes))
+    with torch.device("meta"):
+        module = style()
+    gm, reasons = recognised(module)
+    assert targets(gm).count("ted::permute") == 1 and not reasons
+    assert widths[0] == {128: 16, 192: 24} and (widths[-1] == {128: 16, 192: 24}) == narrow
 
 
 class Unequal(styles.LoopWhere):

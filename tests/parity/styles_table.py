@@ -51,7 +51,7 @@ def row(name: str, make, meshes: list[tuple[int, int, int]]) -> tuple[list[str],
         found["reason"] += why
         if {"ted::permute", "ted::select"} & set(targets(gm)) and not why:
             found["recognised"].append(where)
-        kinds = {n.meta["dispatch"] for n in other.graph.nodes if isinstance(n.meta.get("dispatch"), layouts.Dispatch)}
+        kinds = [n.meta["dispatch"] for n in other.graph.nodes if isinstance(n.meta.get("dispatch"), layouts.Dispatch)]
         found["dispatch"] += [k.kind for k in kinds if other is not gm]
         split = placements(gm)
         experts = {n for n, p in module.named_parameters() if not n.startswith(BESIDE) and "bias" not in n}
