@@ -17,13 +17,18 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tedcompile import graphs
+from tedcompile.capture import source_line
 from tedcompile.layouts import aten, shape
 from tedcompile.ops import ops
 from tedcompile.passes.separate_experts import stack
 
 
 class Differs(Exception):
-    """The copies are not the same code, or an op in them has no form over the rows of all experts."""
+    """The copies are not the same code, or an op in them has no form over the rows of all experts. `node`: which op."""
+
+    def __init__(self, problem: str, node: Node | None = None):
+        line = source_line(node) if node is not None else ""
+        super().__init__(f"{problem}, at {line}" if line else problem)
 
 
 # ops of rows whose arguments at these positions are dims, counted from the end in both forms
@@ -82,9 +87,15 @@ class Merge:
         if any(
             n.op != "call_function" or n.target is not first.target or len(n.args) != len(first.args) for n in nodes
         ):
-            raise Differs(f"the experts are not the same code at {first.name}")
+            other = next((n for n in nodes if n.target is not first.target), nodes[-1])
+            what = (
+                f"{first.target} and {other.target}"
+                if other.target is not first.target
+                else f"two kinds of {first.target}"
+            )
+            raise Differs(f"the experts are not the same code: {what}", other)
         if any(n.kwargs != first.kwargs for n in nodes):
-            raise Differs(f"{first.name} has other options for each expert")
+            raise Differs(f"{first.name} has other options for each expert", first)
         target, args = first.target, list(zip(*(n.args for n in nodes)))
         if target in (aten.linear.default, aten.mm.default, aten.matmul.default, aten.addmm.default):
             return self.product(target, args, first)
@@ -132,13 +143,13 @@ class Merge:
             return x
         pointwise = torch.Tag.pointwise in getattr(target, "tags", ())
         if target not in SAME and not pointwise:
-            raise Differs(f"{target} of an expert's rows has no form over the rows of all experts")
+            raise Differs(f"{target} of an expert's rows has no form over the rows of all experts", first)
         made = []
         for each in args:
             if isinstance(each[0], Node):
                 made.append(self.operand(each, shape(first)) if pointwise else self.value(each))
             elif any(a != each[0] for a in each):
-                raise Differs(f"{first.name} has other constants for each expert")
+                raise Differs(f"{first.name} has other constants for each expert", first)
             else:
                 made.append(each[0])
         node = self.graph.call_function(target, tuple(made), dict(first.kwargs))
@@ -153,7 +164,7 @@ class Merge:
         for p in positions:
             if len(args) <= p:
                 if target not in DEFAULT_DIM or len(args) < p:
-                    raise Differs(f"{first.name} is over all dims of an expert's rows")
+                    raise Differs(f"{first.name} is over all dims of an expert's rows", first)
                 args.append([DEFAULT_DIM[target]] * self.experts)
         joined = target in (aten.cat.default, aten.stack.default)
         dims = first.meta["val"].dim() if joined else args[0][0].meta["val"].dim()
@@ -163,14 +174,14 @@ class Merge:
                 given = each[0] if isinstance(each[0], (list, tuple)) else [each[0]]
                 moved = [d if d < 0 else d - dims for d in given]
                 if any(d == -dims for d in moved) and not self.keeps_rows(target):
-                    raise Differs(f"{first.name} mixes an expert's rows")
+                    raise Differs(f"{first.name} mixes an expert's rows", first)
                 made.append(moved if isinstance(each[0], (list, tuple)) else moved[0])
             elif p == 0 and joined:
                 made.append([self.value(tuple(part)) for part in zip(*each)])
             elif p == 0:
                 made.append(self.value(tuple(each)))
             elif any(a != each[0] for a in each):
-                raise Differs(f"{first.name} has other constants for each expert")
+                raise Differs(f"{first.name} has other constants for each expert", first)
             else:
                 made.append(each[0])
         node = self.add(target, tuple(made), first)
@@ -204,7 +215,7 @@ class Merge:
         elif all(n.op == "call_function" and n.target is first.target for n in nodes):
             made = self.entries_of(nodes) or self.along(nodes)
         else:
-            raise Differs(f"{first.name} is not a weight of every expert")
+            raise Differs(f"{first.name} is not a weight of every expert", first)
         self.done[nodes] = made
         return made
 
@@ -226,7 +237,7 @@ class Merge:
     def along(self, nodes: tuple[Node, ...]) -> Node:
         first, rest = nodes[0], nodes[0].args[1:]
         if any(n.args[1:] != rest for n in nodes):
-            raise Differs(f"{first.name} is not the same op for each expert's weight")
+            raise Differs(f"{first.name} is not the same op for each expert's weight", first)
         x = self.weight(tuple(n.args[0] for n in nodes))
         ndim = first.args[0].meta["val"].dim() if isinstance(first.args[0].meta["val"], torch.Tensor) else 0
         up = lambda d: d if d < 0 else d + 1
@@ -287,10 +298,10 @@ class Merge:
         else:
             x, w = args
         if any(not isinstance(n, Node) for n in w) or self.of_rows(w):
-            raise Differs(f"{first.name} is no product with a weight")
+            raise Differs(f"{first.name} is no product with a weight", first)
         rows = self.value(x)
         if len(set(w)) == 1 and len(set(bias or (None,))) == 1:
-            raise Differs(f"{first.name} has one weight for all experts")
+            raise Differs(f"{first.name} has one weight for all experts", first)
         weight = self.weight(w)
         if target is aten.linear.default:
             weight = self.add(aten.transpose.int, (weight, 1, 2), first)
@@ -303,7 +314,7 @@ class Merge:
         x, lead = rows, list(shape(rows))
         if len(lead) != 2:
             if any(s != 1 for s in lead[:-2]):
-                raise Differs(f"{first.name} is a product of more than rows")
+                raise Differs(f"{first.name} is a product of more than rows", first)
             x = self.add(aten.reshape.default, (x, lead[-2:]), first)
         y = self.add(ops.grouped_mm.default, (x, weight, self.counts), first)
         return y if len(lead) == 2 else self.add(aten.reshape.default, (y, [*lead[:-1], shape(y)[1]]), first)
@@ -322,7 +333,7 @@ class Batched(Merge):
     def matmul(self, rows: Node, weight: Node, first: Node) -> Node:
         size = list(shape(rows))
         if any(s != 1 for s in size[1:-2]):
-            raise Differs(f"{first.name} is a product of more than rows")
+            raise Differs(f"{first.name} is a product of more than rows", first)
         if len(size) == 3:
             return self.add(aten.bmm.default, (rows, weight), first)
         flat = self.add(aten.reshape.default, (rows, [size[0], *size[-2:]]), first)

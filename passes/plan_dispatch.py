@@ -48,6 +48,8 @@ def _plan(ctx, block: Block) -> Dispatch | None:
         plan["experts"] = "tensor"
     if not block.moves_tokens:
         plan["dispatch"] = "all_to_all"
+    elif shape(block.permute.args[1])[1] == block.experts:  # dense: every rank needs every token
+        plan.setdefault("dispatch", "all_gather")
     sizes = _sizes(block)
     try:
         if sizes is None or decided == "whole":

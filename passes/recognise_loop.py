@@ -17,6 +17,7 @@ Tokens that they leave out (over an expert's capacity) are choices of -1. The ex
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections import Counter
@@ -29,7 +30,7 @@ from tedcompile.capture import module_path, source_line
 from tedcompile.layouts import aten, shape
 from tedcompile.ops import ops
 from tedcompile.passes.merge_experts import Differs, Merge
-from tedcompile.passes.recognise_sorted import _static, _zeros
+from tedcompile.passes.recognise_sorted import _static, _zeros, combine
 
 READS = {aten.index.Tensor, aten.index_select.default}
 WRITES = {aten.index_add.default, aten.index_put.default}
@@ -55,6 +56,7 @@ def run(gm: GraphModule, ctx) -> None:
         except Differs as error:
             at = source_line(node) or module_path(node)
             ctx.replicated.append((node, f"the loop at {at} is not one over experts: {error}"))
+            ctx.unfit.append(str(error))
             tried |= {node, *loop.reads}
         graphs.erase_unused(gm.graph)
 
@@ -94,21 +96,7 @@ class _Loop:
         self.kind: dict[Node, str] = {}
 
     def rewrite(self) -> None:
-        self.index = self.choice()
-        tokens = shape(self.index)
-        made_by = self.index.args[0] if self.index.target is operator.getitem else self.index
-        one = made_by.target in ONE and True not in made_by.args[2:] and not made_by.kwargs.get("keepdim")
-        self.k = tokens[-1] if len(tokens) > 1 and not one else 1
-        self.tokens = math.prod(tokens) // self.k
-        numbers = self.numbers()
-        for self.experts in numbers:
-            try:
-                self.trials = [self.trial(seed) for seed in range(4)]
-                self.find_reads()
-                break
-            except Differs:
-                if self.experts == numbers[-1]:
-                    raise
+        self.find_choice()
         writes = self.find_writes()
         if self.ctx.prove and (
             reason := self.ctx.prove([self.index, *self.reads, *(w[1] for w in writes)], self.experts)
@@ -116,25 +104,40 @@ class _Loop:
             raise Differs(reason)
         self.replace(writes)
 
-    def choice(self) -> Node:
-        """The nearest integer value made of floating ones, or given: which experts each token goes to."""
-        pending, seen = list(_positions(self.node)), set()
+    def find_choice(self) -> None:
+        problem = Differs("its tokens do not come from a choice of experts")
+        for index, experts in itertools.product(self.choices(), self.numbers()):
+            self.index, self.experts = index, experts
+            tokens = shape(self.index)
+            made_by = self.index.args[0] if self.index.target is operator.getitem else self.index
+            one = made_by.target in ONE and True not in made_by.args[2:] and not made_by.kwargs.get("keepdim")
+            self.k = tokens[-1] if len(tokens) > 1 and not one else 1
+            self.tokens = math.prod(tokens) // self.k
+            try:
+                self.trials = [self.trial(seed) for seed in range(4)]
+                self.find_reads()
+                if self.drops and self.k == self.experts:  # a mask of experts is no choice of them
+                    raise Differs(f"{self.index.name} sends every token to every expert, and some are left out")
+                return
+            except Differs as error:
+                problem = error
+        raise problem
+
+    def choices(self) -> list[Node]:
+        """The integer values that decide the tokens, the nearest first: one of them says which experts each goes to."""
+        pending, found = list(_positions(self.node)), dict[Node, None]()
+        seen: set[Node] = set()
         while pending:
             n = pending.pop(0)
             value = n.meta.get("val")
-            if n in seen:
+            if n in seen or (isinstance(value, torch.Tensor) and value.is_floating_point()):
                 continue
             seen.add(n)
-            if not isinstance(value, torch.Tensor) or not _static(value):
-                pending.extend(n.all_input_nodes)
-                continue
-            source = n.args[0] if n.target is operator.getitem else n
-            made_of = [a.meta["val"] for a in source.all_input_nodes if isinstance(a.meta["val"], torch.Tensor)]
-            integer = not value.is_floating_point() and value.dtype != torch.bool and value.numel() > 1
-            if integer and (n.op == "placeholder" or any(v.is_floating_point() for v in made_of)):
-                return n
+            number = isinstance(value, torch.Tensor) and value.dtype != torch.bool and _static(value)
+            if number and value.numel() > 1:
+                found[n] = None
             pending.extend(n.all_input_nodes)
-        raise Differs("its tokens do not come from a choice of experts")
+        return list(found)
 
     def numbers(self) -> list[int]:
         """How many experts there may be: so many times the loop reads the same value."""
@@ -147,6 +150,8 @@ class _Loop:
     def trial(self, seed: int) -> dict[Node, torch.Tensor]:
         """A routing that reaches every expert, balanced or (the odd ones) with most tokens alike; a token's experts
         are different."""
+        if self.k > self.experts:
+            raise Differs(f"{self.index.name} has more entries for a token than there are experts")
         generator = torch.Generator().manual_seed(seed)
         each = -(-self.experts // self.k)  # tokens that reach every expert, in a row
         base = torch.arange(each * self.k).reshape(each, self.k) % self.experts
@@ -160,7 +165,7 @@ class _Loop:
 
     def slots(self, node: Node) -> tuple[int, list[list[int]], str] | None:
         """The expert of a read or write, the slots of its rows on each trial, and whether it is of tokens or slots."""
-        kind, flats, experts, dropped = "", [], set(range(self.experts)), False
+        kind, flats, experts, over = "", [], set(range(self.experts)), set[int]()
         for values in self.trials:
             index = values[self.index].reshape(self.tokens, self.k)
             try:
@@ -179,18 +184,19 @@ class _Loop:
             kind = "token" if math.prod(dims) == self.tokens else "slot"
             places = index if kind == "token" else index.reshape(-1, 1)
             ordered = flat.sort().values
+            experts &= set(places[ordered[0]].tolist()) if len(ordered) else set()
             choose = {e: (places == e).any(1) for e in experts}
             experts = {
                 e
                 for e, chosen in choose.items()
                 if len(set(ordered.tolist())) == len(ordered) and chosen[ordered].all()
             }
-            dropped |= any(len(ordered) < chosen.sum() for e, chosen in choose.items() if e in experts)
+            over |= {e for e in experts if len(ordered) < choose[e].sum()}
             flats.append((index, flat))
         if len(experts) != 1:
             return None
         (e,) = experts
-        self.drops |= dropped
+        self.drops |= e in over
         lists = [(f if kind == "slot" else f * self.k + (i[f] == e).int().argmax(1)).tolist() for i, f in flats]
         return e, lists, kind
 
@@ -206,14 +212,14 @@ class _Loop:
         return None if None in given else list(size[skip : skip + number])
 
     def find_reads(self) -> None:
-        self.reads, self.order, self.kind = {}, {}, {}
+        self.reads, self.order, self.kind, self.drops = {}, {}, {}, False
         for n in list(self.gm.graph.nodes):
             if n.target in READS and _of_data(n):
                 found = self.slots(n)
                 if found:
                     e, lists, self.kind[n] = found
                     if self.order.setdefault(e, lists) != lists:
-                        raise Differs(f"{n.name} reads an expert's tokens in another order")
+                        raise Differs(f"{n.name} reads an expert's tokens in another order", n)
                     self.reads[n] = e
         if set(self.order) != set(range(self.experts)):
             raise Differs(f"{len(self.order)} of {self.experts} parts read the tokens of one expert each")
@@ -225,7 +231,7 @@ class _Loop:
             if n.target in WRITES and (found := self.slots(n)):
                 e, lists, kind = found
                 if self.order.get(e) != lists:
-                    raise Differs(f"{n.name} writes an expert's tokens in another order than they are read")
+                    raise Differs(f"{n.name} writes an expert's tokens in another order than they are read", n)
                 writes.append((e, n, self.added(n, kind)))
                 self.kind[n] = kind
         if sorted(e for e, _, _ in writes) != list(range(self.experts)):
@@ -233,13 +239,13 @@ class _Loop:
         for (_, a, _), (_, b, _) in zip(writes, writes[1:]):
             again = {u for u in a.users if self.reads.get(u) is not None and u.args[0] is a}
             if b.args[0] is not a or set(a.users) - again != {b}:
-                raise Differs(f"{b.name} does not follow the result of the expert before")
+                raise Differs(f"{b.name} does not follow the result of the expert before", b)
         return writes
 
     def added(self, write: Node, kind: str) -> Node:
         if write.target is aten.index_add.default:
             if write.args[1] != 0 or write.kwargs:
-                raise Differs(f"{write.name} scales what it adds")
+                raise Differs(f"{write.name} scales what it adds", write)
             return write.args[3]
         value, adds = write.args[2], len(write.args) > 3 and write.args[3]
         if adds:
@@ -252,7 +258,7 @@ class _Loop:
         while base.target is aten.index_put.default:
             base = base.args[0]
         if base.target not in EMPTY and not _zeros(base):
-            raise Differs(f"{write.name} overwrites a value that is not empty")
+            raise Differs(f"{write.name} overwrites a value that is not empty", write)
         return self.put(value, kind)
 
     def put(self, value: Node, kind: str) -> Node:
@@ -316,7 +322,7 @@ class _Loop:
             if self.puts:
                 out = merge.add(ops.take.default, (y, back, order))
             else:
-                out = _combine(merge, y, perm, order)
+                out = combine(merge.add, y, perm, order)
             if shape(out) != shape(last):
                 out = merge.add(aten.reshape.default, (out, list(shape(last))))
             if out.meta["val"].dtype != last.meta["val"].dtype:
@@ -344,7 +350,7 @@ class _Loop:
 
             walk(result)
             if any(self.reads[n] != e for n in found):
-                raise Differs(f"{result.name} mixes the tokens of several experts")
+                raise Differs(f"{result.name} mixes the tokens of several experts", result)
             lists.append(list(found))
         if len({len(found) for found in lists}) != 1:
             raise Differs("the experts do not read alike")
@@ -389,17 +395,3 @@ class _Loop:
         table = merge.add(aten.stack.default, (flat, 1))
         value = merge.add(aten.gather.default, (table, 1, merge.add(aten.to.dtype, (index, torch.int64))))
         return merge.add(aten.reshape.default, (value, [slots, *rest]))
-
-
-def _combine(merge: Merge, y: Node, perm: Node, order: Node) -> Node:
-    """The sum of each token's rows; where they are scaled by a weight of their slot at last, a weighted sum."""
-    if y.target is aten.mul.Tensor:
-        for a, b in (y.args, y.args[::-1]):
-            w = b
-            while isinstance(w, Node) and w.target in (aten.unsqueeze.default, aten.reshape.default, aten.view.default):
-                w = w.args[0]
-            taken = isinstance(w, Node) and w.target is ops.take.default and w.args[1] is order
-            if taken and isinstance(a, Node) and shape(a) == shape(y) and math.prod(shape(b)) == shape(y)[0]:
-                weights = merge.add(aten.reshape.default, (w.args[0], list(shape(perm))))
-                return merge.add(ops.unpermute.default, (a, perm, order, weights))
-    return merge.add(ops.gather_sum.default, (y, perm, order))

@@ -44,6 +44,7 @@ def run(gm: GraphModule, ctx) -> None:
                         gm.graph.erase_node(n)
                 if str(error) and attempt is not _sum:  # sums are everywhere
                     at = source_line(node) or module_path(node)
+                    ctx.unfit.append(str(error))
                     ctx.replicated.append((node, f"the modules at {at} are not experts of one form: {error}"))
                 continue
             if out is not None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -30,7 +31,7 @@ from tedcompile.capture import module_path, source_line
 from tedcompile.layouts import aten, shape
 from tedcompile.ops import ops
 from tedcompile.passes.merge_experts import DIMS, SAME, Differs
-from tedcompile.passes.recognise_loop import _combine
+from tedcompile.passes.recognise_sorted import combine
 
 PRODUCTS = {aten.bmm.default, aten.baddbmm.default, aten.matmul.default, aten.einsum.default}
 RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
@@ -54,6 +55,7 @@ def run(gm: GraphModule, ctx) -> None:
         except Differs as error:
             at = source_line(node) or module_path(node)
             ctx.replicated.append((node, f"the product at {at} is not one of experts and tokens: {error}"))
+            ctx.unfit.append(str(error))
             tried |= {n for n in gm.graph.nodes if n.target in PRODUCTS and module_path(n) == module_path(node)}
         graphs.erase_unused(gm.graph)
 
@@ -66,31 +68,36 @@ def _rewrite(gm: GraphModule, ctx, node: Node) -> None:
             reached.add(n)
             after.append(n)
     problem = "nothing sums what its experts make of each token"
-    for end in after:
-        for style in (_Gathered,) if index is not None else (_OneHot, _Dense):
-            block = style(gm, ctx, node, weight, index)
-            if not block.ends(end):
-                continue
-            before = list(gm.graph.nodes)
-            try:
-                with gm.graph.inserting_before(end):
-                    block.prepare()
-                    out = block.leave(end)
-                    if shape(out) != shape(end):
-                        out = block.add(aten.reshape.default, (out, list(shape(end))))
-                if out.meta["val"].dtype != end.meta["val"].dtype:
-                    raise Differs("its sum has another dtype")
-                if ctx.prove and (reason := ctx.prove([node, end, *block.own], block.experts)):
-                    raise Differs(reason)
-            except Differs as error:
-                problem = str(error)
-                known = set(before)
-                for n in reversed(gm.graph.nodes):
-                    if n not in known:
-                        gm.graph.erase_node(n)
-                continue
-            end.replace_all_uses_with(out)
-            return
+    ends: list[tuple[Node, Any]] = [
+        (end, style) for end in after for style in ((_Gathered,) if index is not None else (_OneHot, _Dense))
+    ]
+    if index is None:
+        ends += [(end, _Places) for end in reversed(after)]
+    for end, style in ends:
+        block = style(gm, ctx, node, weight, index)
+        if not block.ends(end):
+            continue
+        before = list(gm.graph.nodes)
+        try:
+            with gm.graph.inserting_before(end):
+                block.prepare()
+                out = block.leave(end)
+                if shape(out) != shape(end):
+                    out = block.add(aten.reshape.default, (out, list(shape(end))))
+            if out.meta["val"].dtype != end.meta["val"].dtype:
+                raise Differs("its sum has another dtype")
+            if ctx.prove and (reason := ctx.prove([node, end, *block.own], block.experts)):
+                raise Differs(reason)
+        except Differs as error:
+            if style is not _Places or "proof" in str(error):
+                problem = f"as {style.style}: {error}"
+            known = set(before)
+            for n in reversed(gm.graph.nodes):
+                if n not in known:
+                    gm.graph.erase_node(n)
+            continue
+        end.replace_all_uses_with(out)
+        return
     raise Differs(problem)
 
 
@@ -171,7 +178,7 @@ class _Block:
             product *= s
         if product == self.number:
             return []
-        raise Differs(f"{n.name} has no dims of tokens and experts in front")
+        raise Differs(f"{n.name} has no dims of tokens and experts in front", n)
 
     def inside(self, n: Node) -> bool:
         """Whether a value is made of what enters."""
@@ -187,6 +194,7 @@ class _Block:
 
     x: Node
     entries: set[Node]
+    style: str
 
     def rows_of(self, n: Node) -> Node:
         if n not in self.done:
@@ -196,20 +204,20 @@ class _Block:
     def convert(self, n: Node) -> Node:
         target = n.target
         if n.op != "call_function":
-            raise Differs(f"{n.name} is not made of tokens")
+            raise Differs(f"{n.name} is not made of tokens", n)
         if target in PRODUCTS:
             return self.product(n)
         if target in (*RESHAPES, aten.transpose.int, aten.expand.default):
             x = self.rows_of(n.args[0])
             if target is aten.transpose.int and not self.transposes_places(n):
-                raise Differs(f"{n.name} moves the dims of rows")
+                raise Differs(f"{n.name} moves the dims of rows", n)
             return self.add(aten.reshape.default, (x, [shape(x)[0], *self.rest(n)]))
         if target in DIMS and len(n.args) > max(DIMS[target]) and not isinstance(n.args[0], (list, tuple)):
             dims = [n.args[p] for p in DIMS[target]]
             flat = [d for each in dims for d in (each if isinstance(each, (list, tuple)) else [each])]
             size = len(shape(n.args[0]))
             if any(d % size < size - len(self.rest(n.args[0])) for d in flat):
-                raise Differs(f"{n.name} mixes tokens or experts")
+                raise Differs(f"{n.name} mixes tokens or experts", n)
             args = list(n.args)
             args[0] = self.rows_of(n.args[0])
             for p in DIMS[target]:
@@ -218,7 +226,7 @@ class _Block:
             return self.add(target, tuple(args))
         pointwise = torch.Tag.pointwise in getattr(target, "tags", ())
         if not pointwise and target not in SAME:
-            raise Differs(f"{target} of rows has no form over the rows of all experts")
+            raise Differs(f"{target} of rows has no form over the rows of all experts", n)
         rest = self.rest(n) if target is not operator.getitem else []
         made = tuple(self.operand(a, len(rest), shape(n)) if isinstance(a, Node) and pointwise
                      else self.rows_of(a) if isinstance(a, Node) else a for a in n.args)  # fmt: skip
@@ -255,7 +263,7 @@ class _Block:
 
     def foreign(self, a: Node, whole: tuple) -> Node:
         """A value of each place, as a value of each row."""
-        raise Differs(f"{a.name} joins values of its own to the rows")
+        raise Differs(f"{a.name} joins values of its own to the rows", a)
 
     def product(self, n: Node) -> Node:
         a, b, bias = self.product_operands(n)
@@ -270,7 +278,7 @@ class _Block:
         return y
 
     def entry(self, a: Node, n: Node) -> Node:
-        raise Differs(f"{n.name} is a product of something that is no tokens")
+        raise Differs(f"{n.name} is a product of something that is no tokens", n)
 
     def product_operands(self, n: Node) -> tuple[Node, Node, Node | None]:
         """(rows, weight (E, in, out), bias)."""
@@ -280,37 +288,36 @@ class _Block:
             inputs, out = equation.split("->") if "->" in equation else ("", "")
             letters = inputs.split(",")
             if len(letters) != 2 or "." in equation:
-                raise Differs(f"{n.name} is an einsum of another form")
+                raise Differs(f"{n.name} is an einsum of another form", n)
             pairs = list(zip(letters, n.args[1]))
             found = [i for i, (_, a) in enumerate(pairs) if self.weight_of(a) is not None]
             if len(found) != 1:
-                raise Differs(f"{n.name} has no weight of experts")
+                raise Differs(f"{n.name} has no weight of experts", n)
             (wl, w), (xl, x) = pairs[found[0]], pairs[1 - found[0]]
             weight = self.weight_of(w)
             inner = [c for c in wl[-2:] if c in xl and c not in out]
             outer = [c for c in wl[-2:] if c not in xl and c in out]
             if len(inner) != 1 or len(outer) != 1 or out[-1] != outer[0] or xl[-1] != inner[0]:
-                raise Differs(f"{n.name} is an einsum of another form")
+                raise Differs(f"{n.name} is an einsum of another form", n)
             if wl.index(inner[0]) > wl.index(outer[0]):
                 weight = self.add(aten.transpose.int, (weight, 1, 2))
             return x, weight, bias
         if n.target is aten.baddbmm.default:
             bias, x, w = n.args
             if n.kwargs:
-                raise Differs(f"{n.name} scales its operands")
+                raise Differs(f"{n.name} scales its operands", n)
         else:
             x, w = n.args
         weight = self.weight_of(w)
         if weight is None:
-            raise Differs(f"{n.name} has no weight of experts")
+            raise Differs(f"{n.name} has no weight of experts", n)
         return x, weight, bias
 
     def weight_of(self, w: Node) -> Node | None:
         return w if w.meta.get("weights_only") and len(shape(w)) == 3 and shape(w)[0] == self.experts else None
 
     def scaled(self, y: Node) -> Node:
-        merge = type("Add", (), {"add": lambda s, t, a, like=None: self.add(t, a)})()
-        return _combine(merge, y, self.perm, self.order)
+        return combine(self.add, y, self.perm, self.order)
 
 
 def _source(a: Node) -> Node:
@@ -335,6 +342,8 @@ def _is_copy(value: Node, source: Node, want) -> bool:
 class _Gathered(_Block):
     """Places are slots (T, K) or (T*K): weights[index]."""
 
+    style = "weights gathered for each slot"
+
     def prepare(self) -> None:
         assert self.index is not None
         self.entries = set()
@@ -347,7 +356,7 @@ class _Gathered(_Block):
         self.tokens = self.slots // self.k
         x = _source(self.product_operands(self.node)[0])
         if math.prod(shape(x)[:-1]) != self.tokens:
-            raise Differs(f"{x.name} is not the tokens")
+            raise Differs(f"{x.name} is not the tokens", x)
         self.x = x
         self.own = [self.index, x]
         self.dispatch(x, self.add(aten.reshape.default, (flat, [self.tokens, self.k])))
@@ -356,7 +365,7 @@ class _Gathered(_Block):
         slots = torch.arange(self.slots) // self.k
         if _source(a) is self.x and (_is_copy(a, self.x, slots) or _is_copy(a, self.x, torch.arange(self.tokens))):
             return self.rows
-        raise Differs(f"{a.name} is not the token of each slot")
+        raise Differs(f"{a.name} is not the token of each slot", a)
 
     def same_index(self, index: Node) -> bool:
         return index is self.index or _source(index) is _source(self.index)  # type: ignore[arg-type]
@@ -417,13 +426,15 @@ class _Gathered(_Block):
             return self.add(ops.unpermute.default, (y, self.perm, self.order, w))
         size = shape(n.args[0])
         if size[0] * size[1] != self.slots or size[1] != self.k:
-            raise Differs(f"{n.name} sums other dims than the slots of a token")
+            raise Differs(f"{n.name} sums other dims than the slots of a token", n)
         y = self.rows_of(n.args[0])
         return self.scaled(y if len(shape(y)) == 2 else self.add(aten.reshape.default, (y, [shape(y)[0], -1])))
 
 
 class _Dense(_Gathered):
     """Places are (E, T) or (T, E): every expert on every token."""
+
+    style = "every expert on every token"
 
     def prepare(self) -> None:
         self.entries = set()
@@ -467,7 +478,7 @@ class _Dense(_Gathered):
             or (_source(a) is self.x and _is_copy(a, self.x, torch.arange(self.tokens)))
         ):
             return self.rows
-        raise Differs(f"{a.name} is not every token for every expert")
+        raise Differs(f"{a.name} is not every token for every expert", a)
 
     weight_of = _Block.weight_of
 
@@ -494,7 +505,7 @@ class _Dense(_Gathered):
         elif size[0] == E * T:
             slots = self.add(aten.transpose.int, (self.add(aten.reshape.default, (a, [E, T, *size[1:]])), 0, 1))
         else:
-            raise Differs(f"{a.name} is no value of each token and expert")
+            raise Differs(f"{a.name} is no value of each token and expert", a)
         rest = self.rest(a)
         slots = self.add(aten.reshape.default, (slots, [self.slots, *rest]))
         return self.add(ops.take.default, (slots, self.order, self.back))
@@ -509,12 +520,14 @@ class _Dense(_Gathered):
             return super().leave(n)
         size, dim = shape(n.args[0]), n.args[1][0] % 3
         if dim > 1 or size[dim] != self.experts or size[0] * size[1] != self.slots:
-            raise Differs(f"{n.name} sums other dims than the experts")
+            raise Differs(f"{n.name} sums other dims than the experts", n)
         return self.scaled(self.rows_of(n.args[0]))
 
 
 class _OneHot(_Dense):
     """Places are (E, C): a token in each, or none."""
+
+    style = "one-hot dispatch"
 
     def prepare(self) -> None:
         self.entries = set()
@@ -561,7 +574,7 @@ class _OneHot(_Dense):
             )
             if transposed and len(shape(x)) == 2:
                 return a.args[0], x
-        raise Differs(f"{n.name} does not put tokens into places of experts")
+        raise Differs(f"{n.name} does not put tokens into places of experts", n)
 
     def ends(self, n: Node) -> bool:
         if n.target is aten.einsum.default and len(n.args[1]) == 2:
@@ -581,11 +594,56 @@ class _OneHot(_Dense):
             combine, y = n.args
         E, C = self.experts, self.capacity
         if math.prod(shape(combine)) != self.tokens * E * C or not self.inside(y):
-            raise Differs(f"{n.name} combines other places")
+            raise Differs(f"{n.name} combines other places", n)
         table = self.add(aten.reshape.default, (combine, [self.tokens, E, C]))
         table = self.add(aten.sum.dim_IntList, (table, [2]))
         weights = self.add(aten.gather.default, (table, 1, self.index))
         return self.add(ops.unpermute.default, (self.rows_of(y), self.perm, self.order, weights))
+
+
+class _Places(_Block):
+    """Places (E, C) that are filled in any way: their rows go to the experts and come back as they are."""
+
+    style = "places of a capacity"
+
+    def prepare(self) -> None:
+        x = self.product_operands(self.node)[0]
+        if len(shape(x)) != 3 or shape(x)[0] != self.experts or not all(isinstance(s, int) for s in shape(x)):
+            raise Differs(f"{x.name} is no value of each expert's places", x)
+        if x.meta.get("weights_only"):
+            raise Differs(f"{x.name} is a weight", x)
+        self.x, self.entries = x, {x}
+        self.number = self.experts * shape(x)[1]
+        self.own = [x]
+        val = x.meta["val"].new_empty((self.number,), dtype=torch.int64)
+        place = graphs.call(self.gm.graph, aten.arange.default, (self.number,), self.like, val)
+        expert = self.add(aten.floor_divide.default, (place, shape(x)[1]))
+        self.dispatch(x, self.add(aten.unsqueeze.default, (expert, 1)))
+
+    def convert(self, n: Node) -> Node:
+        return self.rows if n is self.x else super().convert(n)
+
+    def entry(self, a: Node, n: Node) -> Node:
+        if a is self.x:
+            return self.rows
+        raise Differs(f"{a.name} is another value than that of the places", a)
+
+    weight_of = _Block.weight_of
+    expert_of = _Dense.expert_of
+
+    def ends(self, n: Node) -> bool:
+        """The last product of at least two, and the bias behind it."""
+        value = n.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.dim() != 3 or shape(n)[:2] != shape(self.node)[:2]:
+            return False
+        last = n
+        if n.target is aten.add.Tensor:
+            made = [a for a in n.all_input_nodes if not a.meta.get("weights_only")]
+            last = made[0] if len(made) == 1 else n
+        return last is not self.node and last.target in PRODUCTS and _weight(last) is not None
+
+    def leave(self, n: Node) -> Node:
+        return self.add(ops.take.default, (self.rows_of(n), self.back, self.order))
 
 
 def _most(dispatch: Node, tokens: int, experts: int, capacity: int) -> int:
@@ -602,6 +660,7 @@ def _most(dispatch: Node, tokens: int, experts: int, capacity: int) -> int:
             seen.add(n)  # noqa: B023
             value = n.meta.get("val")
             cut = n.op == "placeholder" or n.target in (aten.linear.default, aten.mm.default, aten.matmul.default)
+            cut = cut or torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
             if cut and isinstance(value, torch.Tensor):
                 size = tuple(value.shape)
                 values[n] = (  # noqa: B023

@@ -83,7 +83,7 @@ class _Region:
         self.spread(pending)
         for n in self.gm.graph.nodes:
             if _over_tp(n, ops.all_reduce.default) and n not in self.split and val(n).is_floating_point():
-                dims = [d for d in range(ndim(n) - 1) if shape(n)[d] % self.tp == 0]
+                dims = [d for d in range(ndim(n) - 1) if isinstance(shape(n)[d], int) and shape(n)[d] % self.tp == 0]
                 if dims:
                     self.spread(deque([(n, S(dims[0]))]))
 
@@ -157,7 +157,8 @@ class _Region:
         trials: list[dict[Node, Any]] = [{}]
         for a in node.all_input_nodes:
             if self.layout(a) == R and isinstance(val(a), torch.Tensor) and not a.meta.get("weights_only"):
-                trials += [{a: S(d)} for d in range(ndim(a)) if shape(a)[d] % self.tp == 0 and shape(a)[d] > 1]
+                known = [d for d in range(ndim(a)) if isinstance(shape(a)[d], int)]
+                trials += [{a: S(d)} for d in known if shape(a)[d] % self.tp == 0 and shape(a)[d] > 1]
         for given in trials:
             found = self.call(node, given)
             if found and found[0] == wanted:

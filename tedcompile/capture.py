@@ -95,12 +95,12 @@ def _conversions(model: torch.nn.Module) -> Iterator[None]:
 
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        vars(module)["_apply"] = lambda change, *_, path=path, module=module: convert(path, module, change)
+        module.__dict__["_apply"] = lambda change, *_, path=path, module=module: convert(path, module, change)
     try:
         yield
     finally:
         for module in modules.values():
-            vars(module).pop("_apply", None)
+            module.__dict__.pop("_apply", None)
 
 
 @contextlib.contextmanager
@@ -132,13 +132,17 @@ class _GroupedProducts(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def capture(model: torch.nn.Module, kwargs: dict[str, Any]) -> Captured:
+def capture(model: torch.nn.Module, kwargs: dict[str, Any], assume: bool = False) -> Captured:
     """Captures `model.forward(**kwargs)`; of the tensors only shapes, dtypes and whether they need a gradient count.
+
+    `assume`: it is known that control flow depends on data, which is assumed at once.
 
     Forward hooks of the model itself are not in the graph, for calling the model runs them; those of its modules are.
     Raises ValueError that names the user's source line when the forward depends on data in a way no graph can hold.
     """
     find_hooks(model)
+    if assume:
+        return _capture(model, kwargs, assume)
     try:
         return _capture(model, kwargs)
     except ValueError as error:
@@ -168,18 +172,26 @@ def _export(model: torch.nn.Module, kwargs: dict[str, Any], mode, calls: Calls, 
         with mode:
             fake = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
         integers = assume and leaf.dim() and not leaf.is_floating_point() and leaf.dtype != torch.bool
-        compat.set_example(fake, torch.arange(leaf.numel(), dtype=leaf.dtype).reshape(leaf.shape) if integers else None)
+        examples.append(torch.arange(leaf.numel(), dtype=leaf.dtype).reshape(leaf.shape) if integers else None)
+        compat.set_example(fake, None)
         return fake
 
+    def give_examples(_, args, kwargs):  # export has made fakes of its own
+        for value, example in zip(pytree.tree_leaves(kwargs), examples):
+            compat.set_example(value, example)
+
+    examples: list[torch.Tensor | None] = []
     leaves, spec = pytree.tree_flatten(kwargs)
     inputs = [fake(leaf) for leaf in leaves]
+    assumed = Assumed(model) if assume else contextlib.nullcontext()
     fake_kwargs = pytree.tree_unflatten(inputs, spec)
     try:
         with (
             frontends.prepared(model), fake_weights(model, mode), _conversions(model), _own_hooks_off(model),
-            keep_functions(), calls.watch(), _GroupedProducts(), Assumed() if assume else contextlib.nullcontext(),
-            _quiet(), mode,
+            keep_functions(), calls.watch(), _GroupedProducts(), assumed, compat.user_frames(), _quiet(), mode,
         ):  # fmt: skip
+            if assume:
+                model.register_forward_pre_hook(give_examples, with_kwargs=True)
             program = torch.export.export(model, (), fake_kwargs, strict=False)
     except Exception as error:
         raise _explained(error, model) from error
@@ -190,6 +202,7 @@ def _export(model: torch.nn.Module, kwargs: dict[str, Any], mode, calls: Calls, 
             node.meta["requires_grad"] = getattr(leaves[node.meta["role"][1]], "requires_grad", False)
     _inline_regions(gm)
     for node in list(gm.graph.nodes):
+        _respell(node)
         same = node.target is aten.to.dtype and node.args[0].meta["val"].dtype == node.meta["val"].dtype
         if node.target is aten.numpy_T.default:  # x.T
             node.target, dims = aten.permute.default, node.meta["val"].dim()
@@ -205,6 +218,14 @@ def _export(model: torch.nn.Module, kwargs: dict[str, Any], mode, calls: Calls, 
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     return Captured(gm, program.call_spec.out_spec, constants, inputs, calls=calls, model=model, kwargs=fake_kwargs)
+
+
+def _respell(node: Node) -> None:
+    """Other words for the same op."""
+    if node.target is aten.type_as.default:
+        node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
+    elif node.target is aten.mT.default:
+        node.target, node.args = aten.transpose.int, (node.args[0], -2, -1)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import pathlib
+import re
 import time
+import traceback
 import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -47,6 +49,19 @@ def hinted_export(note: Callable[[], None]) -> Iterator[FakeTensorMode]:
 
     with unittest.mock.patch.multiple(non_strict_utils, FakeTensorMode=HintedMode, ShapeEnv=HintedShapeEnv):
         yield HintedMode(shape_env=HintedShapeEnv(), allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def user_frames() -> Iterator[None]:
+    """torch.export notes for every node the user's own lines, also those outside of `forward` methods."""
+
+    def kept(self: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
+        first = next((i for i, f in enumerate(frames) if f.name == "forward"), len(frames))
+        own = [f for f in frames[first:] if f.name == "forward" or not re.search("/(torch|tedcompile)/", f.filename)]
+        return traceback.StackSummary.from_list(own)
+
+    with unittest.mock.patch.object(torch.fx.proxy.TracerBase, "_filter_traceback_frames", kept):
+        yield
 
 
 def no_modes():

@@ -32,6 +32,8 @@ CHOICES: dict[Any, tuple[int, slice]] = {
     for name in names
     for f in (getattr(torch, name), getattr(Tensor, name))
 }  # fmt: skip
+# function -> the position of the table from which it looks up entries
+LOOKUPS = {Tensor.__getitem__: 0, torch.index_select: 0, Tensor.index_select: 0, torch.nn.functional.embedding: 1}
 NONZERO = {torch.nonzero, Tensor.nonzero}
 
 
@@ -66,7 +68,17 @@ class Calls:
 
 
 class Assumed(torch.overrides.TorchFunctionMode):
-    """Gives the indices of a choice an example that reaches every expert; branches follow the examples."""
+    """Gives the indices of a choice an example that reaches every expert; branches follow the examples.
+
+    A choice is made by a top-k and the like, or looked up in a buffer of integers (hash routing).
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+        integer = {n: b for n, b in model.named_buffers() if b.dtype in (torch.int64, torch.int32) and b.numel()}
+        known = {n: b for n, b in integer.items() if b.device.type != "meta"}
+        self.sizes = {n: int(b.max()) + 1 for n, b in known.items()}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -78,6 +90,13 @@ class Assumed(torch.overrides.TorchFunctionMode):
         if func is torch.select and isinstance(args[2], torch.SymInt):
             args = (*args[:2], int(args[2]))  # the weights of one expert
         result = func(*args, **kwargs)
+        if func in LOOKUPS and isinstance(result, Tensor) and compat.example_of(result) is None:
+            table = args[LOOKUPS[func]]
+            name = next((n for n, b in self.model.named_buffers() if b is table), None)
+            if name in self.sizes:
+                with compat.no_modes():
+                    example = _spread(result.shape, max(result.dim() - 1, 1), self.sizes[name])
+                compat.set_example(result, example)
         at, which = CHOICES.get(func, (0, None))
         if which is not None:
             x = args[0] if args else kwargs["input"]

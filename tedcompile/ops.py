@@ -472,8 +472,14 @@ def grouped_mm(rows, weight, counts):
     rows = rows.contiguous()
     if _grouped(rows, weight, counts):
         return torch._grouped_mm(rows, weight, offs=_offsets(counts)).contiguous()  # its rows may be padded
-    parts = rows.split(counts.tolist())
-    return torch.cat([part @ weight[e] for e, part in enumerate(parts)])
+    *parts, rest = rows.split(_sizes(rows, counts))
+    return torch.cat([*(part @ weight[e] for e, part in enumerate(parts)), rest.new_zeros(len(rest), weight.shape[2])])
+
+
+def _sizes(rows: Tensor, counts: Tensor) -> list[int]:
+    """The rows of each expert, and those behind them, which are no one's."""
+    sizes = counts.tolist()
+    return [*sizes, rows.shape[0] - sum(sizes)]
 
 
 @define(
@@ -485,8 +491,8 @@ def grouped_outer(rows, g, counts):
     rows, g = rows.contiguous(), g.contiguous()
     if _grouped(rows, g, counts):
         return torch._grouped_mm(rows.t(), g, offs=_offsets(counts)).contiguous()
-    sizes = counts.tolist()
-    return torch.stack([a.t() @ b for a, b in zip(rows.split(sizes), g.split(sizes), strict=True)])
+    sizes = _sizes(rows, counts)
+    return torch.stack([a.t() @ b for a, b in zip(rows.split(sizes)[:-1], g.split(sizes)[:-1], strict=True)])
 
 
 @define(
@@ -495,7 +501,7 @@ def grouped_outer(rows, g, counts):
 )
 def segment_sum(rows, counts):
     """rows (N, ...), counts (E,) -> (E, ...): the sum of each expert's rows, in row order."""
-    return torch.stack([part.sum(0) for part in rows.split(counts.tolist())])
+    return torch.stack([part.sum(0) for part in rows.split(_sizes(rows, counts))[:-1]])
 
 
 @define(
@@ -508,7 +514,9 @@ def segment_sum(rows, counts):
 )
 def per_expert(x, counts, rows):
     """x (E, ...), counts (E,), rows (N, ...) for its length -> (N, ...): each row its expert's entry."""
-    return torch.repeat_interleave(x, counts, 0, output_size=rows.shape[0])
+    place = torch.arange(rows.shape[0], device=x.device)
+    expert = torch.searchsorted(counts.cumsum(0), place, right=True)
+    return x[expert.clamp(max=x.shape[0] - 1)]  # rows behind the last expert's are no one's
 
 
 # ---- gated experts --------------------------------------------------------------------------------------------------

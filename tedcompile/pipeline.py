@@ -92,6 +92,7 @@ class Context:
     machine: Machine = field(default_factory=lambda: machines.default("cuda"))
     mutations: dict[Node, Node] = field(default_factory=dict)
     replicated: list[tuple[Node, str]] = field(default_factory=list)
+    unfit: list[str] = field(default_factory=list)
     choices: list[tuple[Node, cost.Block, dict]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     gradients: dict[int, dict[str, Layout]] = field(default_factory=dict)
@@ -134,6 +135,7 @@ def recognised(captured: Captured) -> GraphModule:
     for name, run in FORWARD:
         if name in ("functionalise", *RECOGNISERS, "separate_experts"):
             run(gm, ctx)
+    gm.meta["unfit"] = ctx.unfit
     return gm
 
 

@@ -4,6 +4,8 @@ The smallest module that holds the block is copied, with random weights and on r
 tokens). Its own forward, and the graph of that forward in its recognised form, must give the same outputs and the same
 gradients of every input and parameter, in fp64 where it fits: on random tokens, and on equal ones, whose experts get
 all rows while the others stay idle. Otherwise the block stays as written, and the reason says which check failed.
+A wide module is proven on a narrower copy, whose graph must be that of the module in all but the widths; so a proof of
+any model takes seconds and megabytes, also of one whose parameters are on the meta device, and every rank makes it.
 
 The copy runs the user's Python, so it also covers control flow that a capture has assumed (`hints.py`).
 """
@@ -18,19 +20,24 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from tedcompile import compat
 from tedcompile.capture import Captured, bind, capture, module_path
 
 TOKENS = (2, 64)  # at most so many sequences and positions
-LARGE = 2**26  # parameters of a module, beyond which it is proven in fp32
+NARROW = 64  # widths from which on the copy is made narrower, where its code is the same then
+LARGE = 2**26  # parameters of a module of full width, beyond which it is proven in fp32
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 TRIALS = ("random tokens", "equal tokens, so that experts are idle", "other random tokens")
 
 
 class _Unable(Exception):
     """The module's own code does not run in a dtype."""
+
+
+class _Unfit(Exception):
+    """The module alone is not recognised, and why."""
 
 
 class Prover:
@@ -40,6 +47,7 @@ class Prover:
         assert captured.calls is not None
         self.model, self.captured, self.recognise = model, captured, recognise
         self.made = captured.calls.made
+        self.code = [(module_path(n), n) for n in _copied(captured.gm).nodes if n.op == "call_function"]
         self.verdicts: dict[Any, str] = {}
         self.proven: set[str] = set()
 
@@ -50,11 +58,16 @@ class Prover:
         args, kwargs = self.made.get(path, ((), {})) if path else ((), self.whole())
         key = (_facts(module), str(pytree.tree_map(_fact, (args, kwargs))), experts)
         if key not in self.verdicts:
-            self.verdicts[key] = self.prove(module, args, kwargs, experts)
-        reason = self.verdicts[key]
-        if not reason:
+            given = nodes[0].op == "placeholder"  # the choice of experts
+            try:
+                reason = self.prove(path, args, kwargs, experts, experts if given else 8 * experts)
+                what = path or type(module).__name__
+                self.verdicts[key] = reason and f"the proof of {what} failed: {reason}"
+            except _Unfit as error:
+                self.verdicts[key] = str(error)
+        if not self.verdicts[key]:
             self.proven.add(path)
-        return reason and f"the proof of {path or type(module).__name__} failed: {reason}"
+        return self.verdicts[key]
 
     def whole(self) -> dict:
         names = list(bind(self.model.forward, (), self.captured.kwargs))
@@ -75,67 +88,19 @@ class Prover:
     def covers(self, path: str) -> bool:
         return any(not p or path == p or path.startswith(p + ".") for p in self.proven)
 
-    def prove(self, module: nn.Module, args: tuple, kwargs: dict, experts: int) -> str:
-        large = sum(p.numel() for p in module.parameters()) > LARGE
+    def prove(self, path: str, args: tuple, kwargs: dict, experts: int, numbers: int) -> str:
+        module = self.model.get_submodule(path)
+        problem = ""
         with compat.no_modes(), torch.random.fork_rng(devices=[]), torch.enable_grad():
-            if not large:
-                try:
-                    return self.prove_in(torch.float64, module, args, kwargs, experts)
-                except _Unable:  # torch's grouped product has no fp64
-                    pass
-            try:
-                return self.prove_in(torch.float32, module, args, kwargs, experts)
-            except _Unable as error:
-                return f"its own code does not run on random inputs ({error})"
-
-    def prove_in(self, dtype: torch.dtype, module: nn.Module, args: tuple, kwargs: dict, experts: int) -> str:
-        torch.manual_seed(0)
-        own = _copy(module, dtype)
-        state = {n: b.clone() for n, b in own.named_buffers()}
-        named = bind(own.forward, args, kwargs)
-        trials = [self.inputs(named, kind, experts, dtype) for kind in range(len(TRIALS))]
-        try:
-            own(**trials[0])
-        except Exception as error:
-            raise _Unable(error) from None
-        try:
-            captured = capture(own, trials[0])
-            gm = self.recognise(captured)
-        except Exception as error:
-            return f"alone, it could not be recognised ({error})"
-        if not any(str(n.target).startswith("ted.permute") for n in gm.graph.nodes):
-            return "alone, it is not recognised"
-        for trial, name in zip(trials, TRIALS):
-            try:
-                reason = _compare(own, captured, gm, trial, state, TOLERANCE[dtype])
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-            if reason:
-                return f"{reason} ({name})"
-        return ""
-
-    def inputs(self, named: dict[str, Any], trial: int, experts: int, dtype: torch.dtype) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(trial)
-        sizes = self.sizes()
-
-        def real(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            lead = [sizes.get(s, s) for s in x.shape[:-1]] if x.dim() > 1 else list(x.shape)
-            size = (*lead, *x.shape[len(lead) :])
-            if x.dtype == torch.bool:
-                return torch.rand(size, generator=generator) < 0.5
-            if x.is_floating_point() or x.is_complex():
-                made = torch.randn(size, generator=generator, dtype=dtype.to_complex() if x.is_complex() else dtype)
-            else:
-                last = size[-1] if size else 1
-                scores = torch.rand(*size[:-1], max(experts, last), generator=generator)
-                made = scores.argsort(-1)[..., :last].reshape(size).to(x.dtype) % experts
-            if trial == 1 and made.dim() > 1:
-                made = made.reshape(-1, size[-1])[:1].expand(math.prod(size[:-1]), -1).reshape(size).clone()
-            return made.requires_grad_(x.is_floating_point() and x.requires_grad)
-
-        return pytree.tree_map(real, named)
+            for narrow in dict.fromkeys((_narrower(module, experts), ())):
+                large = not narrow and sum(p.numel() for p in module.parameters()) > LARGE
+                for dtype in (torch.float64, torch.float32)[large:]:  # torch's grouped product has no fp64
+                    for most in dict.fromkeys((numbers, experts)):  # ids may be beyond the user's tables
+                        try:
+                            return _Proof(self, path, dtype, dict(narrow), experts, most).run(module, args, kwargs)
+                        except _Unable as error:
+                            problem = str(error)
+        return f"its own code does not run on random inputs ({problem})"
 
     def sizes(self) -> dict[int, int]:
         """What the numbers of sequences and of positions, and their product, become."""
@@ -148,6 +113,115 @@ class Prover:
         batch, seq = tensors[0].shape[:2]
         fewer = [min(batch, TOKENS[0]), min(seq, TOKENS[1])]
         return {batch: fewer[0], seq: fewer[1], batch * seq: fewer[0] * fewer[1]}
+
+
+class _Proof:
+    """One proof: in a dtype, with narrower widths, with integers below `numbers` for inputs."""
+
+    def __init__(
+        self, prover: Prover, path: str, dtype: torch.dtype, narrow: dict[int, int], experts: int, numbers: int
+    ):
+        self.recognise, self.sizes = prover.recognise, prover.sizes()
+        self.code = [n for p, n in prover.code if not path or p == path or p.startswith(path + ".")]
+        self.assume = prover.captured.refusal is not None
+        self.dtype, self.narrow, self.experts, self.numbers = dtype, narrow, experts, numbers
+
+    def run(self, module: nn.Module, args: tuple, kwargs: dict) -> str:
+        torch.manual_seed(0)
+        own = _copy(module, self.dtype, self.narrow)
+        state = {n: b.clone() for n, b in own.named_buffers()}
+        named = bind(own.forward, args, kwargs)
+        trials = [self.inputs(named, kind) for kind in range(len(TRIALS))]
+        try:
+            own(**trials[0])
+        except Exception as error:
+            raise _Unable(error) from None
+        try:
+            captured = capture(own, trials[0], self.assume)
+            if self.narrow and (other := self.other_code(captured)):
+                raise _Unable(other)
+            gm = self.recognise(captured)
+        except _Unable:
+            raise
+        except Exception as error:
+            return f"alone, it could not be recognised ({error})"
+        if not any(str(n.target).startswith("ted.permute") for n in gm.graph.nodes):
+            raise _Unfit("; ".join(gm.meta["unfit"]) or "alone, it is not recognised")
+        for trial, name in zip(trials, TRIALS):
+            try:
+                reason = _compare(own, captured, gm, trial, state, TOLERANCE[self.dtype])
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+            if reason:
+                return f"{reason} ({name})"
+        return ""
+
+    def other_code(self, captured: Captured) -> str:
+        """How the module's part of the model's graph differs from its narrow copy's by more than sizes, if it does."""
+        own = [n for n in _copied(captured.gm).nodes if n.op == "call_function"]
+        if len(own) != len(self.code):
+            return "its code depends on its widths"
+        at: dict[Node, Node] = {}
+        learned: dict[int, set[int]] = {}
+
+        def same(a: Any, b: Any) -> bool:
+            if isinstance(a, (list, tuple)):
+                return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+            if isinstance(a, Node):  # what enters the module has one counterpart, too
+                return isinstance(b, Node) and at.setdefault(a, b) is b
+            if type(a) is int and type(b) is int and a != b:
+                known = learned.setdefault(a, {self.narrow.get(a, b), self.sizes.get(a, b)})
+                return b in known
+            return a == b or (isinstance(a, float) and isinstance(b, float))
+
+        for a, b in zip(self.code, own):
+            if a.target != b.target or not same((a.args, *a.kwargs.items()), (b.args, *b.kwargs.items())):
+                return f"its code depends on its widths ({a.name})"
+            at[a] = b
+        return ""
+
+    def inputs(self, named: dict[str, Any], trial: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(trial)
+
+        def real(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            lead = [self.sizes.get(s, s) for s in x.shape[:-1]] if x.dim() > 1 else list(x.shape)
+            last = [self.narrow.get(s, s) for s in x.shape[len(lead) :]]
+            size = (*lead, *last)
+            if x.dtype == torch.bool:
+                return torch.rand(size, generator=generator) < 0.5
+            if x.is_floating_point() or x.is_complex():
+                kind = self.dtype.to_complex() if x.is_complex() else self.dtype
+                made = torch.randn(size, generator=generator, dtype=kind)
+            else:
+                width = size[-1] if size else 1
+                scores = torch.rand(*size[:-1], max(self.numbers, width), generator=generator)
+                made = scores.argsort(-1)[..., :width].reshape(size).to(x.dtype) % self.numbers
+            if trial == 1 and made.dim() > 1:
+                made = made.reshape(-1, size[-1])[:1].expand(math.prod(size[:-1]), -1).reshape(size).clone()
+            elif trial == 1 and made.dim() == 1 and not made.is_floating_point():
+                made = made[:1].expand(size).clone()
+            return made.requires_grad_(x.is_floating_point() and x.requires_grad)
+
+        return pytree.tree_map(real, named)
+
+
+def _narrower(module: nn.Module, experts: int) -> tuple[tuple[int, int], ...]:
+    """(width, a smaller one) of a module's parameters, in one ratio, so that sums and multiples of widths stay so."""
+    sizes = {s for p in module.parameters() for s in p.shape if s != experts}
+    wide = sorted(s for s in sizes if s >= NARROW)
+    ratio = math.gcd(*wide)
+    while ratio > 1 and any((s // ratio) % 8 for s in wide):
+        ratio = next((r for r in range(ratio - 1, 0, -1) if ratio % r == 0), 1)
+    return tuple((s, s // ratio) for s in wide) if ratio > 1 else ()
+
+
+def _copied(gm: GraphModule) -> Graph:
+    """A copy that passes leave alone."""
+    graph = Graph()
+    graph.graph_copy(gm.graph, {})
+    return graph
 
 
 def _fact(x: Any) -> Any:
@@ -164,16 +238,21 @@ def _facts(module: nn.Module) -> str:
     return str((modules, [(n, tuple(t.shape)) for n, t in (*module.named_parameters(), *module.named_buffers())]))
 
 
-def _copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module with random weights of its global shapes, on the cpu; dropout is off, for it has no one result."""
+def _copy(module: nn.Module, dtype: torch.dtype, narrow: dict[int, int]) -> nn.Module:
+    """The module with random weights, on the cpu; dropout is off, for it has no one result."""
     memo: dict[int, Any] = {}
+
+    def size(tensor: Tensor) -> list[int]:
+        return [narrow.get(s, s) for s in tensor.shape]
+
     for p in module.parameters():
-        scale = p.shape[-1] ** -0.5 if p.dim() > 1 else 0.5
-        made = torch.randn(p.shape, dtype=dtype if p.is_floating_point() else p.dtype) * scale
+        scale = size(p)[-1] ** -0.5 if p.dim() > 1 else 0.5
+        made = torch.randn(size(p), dtype=dtype if p.is_floating_point() else p.dtype) * scale
         memo[id(p)] = nn.Parameter(made, requires_grad=p.requires_grad)
     for b in module.buffers():
         known = b.device.type != "meta" and not isinstance(b, compat.FakeTensor)
         value = b.detach().cpu().clone() if known else torch.rand(b.shape).to(b.dtype)
+        value = value[tuple(slice(n) for n in size(b))].clone()
         memo[id(b)] = value.to(dtype) if value.is_floating_point() else value
     own = copy.deepcopy(module, memo)
     for m in own.modules():
@@ -181,7 +260,18 @@ def _copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         m._forward_pre_hooks.clear()
         if isinstance(m, nn.Dropout):
             m.p = 0.0
+        for holder in (m, *(v for v in vars(m).values() if narrow and _holds_sizes(v))):
+            for name, value in list(vars(holder).items()):
+                if type(value) is int and value in narrow:
+                    vars(holder)[name] = narrow[value]
+                elif type(value) is tuple and any(type(v) is int and v in narrow for v in value):
+                    vars(holder)[name] = tuple(narrow.get(v, v) for v in value)
     return own
+
+
+def _holds_sizes(value: Any) -> bool:
+    """Whether an attribute is a plain object with attributes, such as a configuration."""
+    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor, type)) and not callable(value)
 
 
 def _compare(

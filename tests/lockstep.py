@@ -45,10 +45,15 @@ def after(
     return gm, ctx
 
 
-def distributed(module: nn.Module, kwargs: dict[str, Any], mesh: MeshShape, **options) -> tuple[GraphModule, Context]:
-    """The distributed forward graph of a module, by all forward passes; TED's plan, where none is given."""
-    plan = {"experts": "tensor", "dispatch": "all_to_all"} | options.pop("plan", {})
-    if mesh.ep > 1 and mesh.tp > 1 and "off" not in options:
+def distributed(
+    module: nn.Module, kwargs: dict[str, Any], mesh: MeshShape, own_plan: bool = False, **options
+) -> tuple[GraphModule, Context]:
+    """The distributed forward graph of a module, by all forward passes; TED's plan, where none is given.
+
+    `own_plan`: the cost model's.
+    """
+    plan = {} if own_plan else {"experts": "tensor", "dispatch": "all_to_all"} | options.pop("plan", {})
+    if not own_plan and mesh.ep > 1 and mesh.tp > 1 and "off" not in options:
         plan.setdefault("drop", "yes")
     ctx = Context(mesh, options=Options.of(plan=plan, **options))
     return pipeline.run_forward(captured(module.train(), kwargs), ctx), ctx
@@ -152,6 +157,35 @@ def _parts_of_experts(gs, dim, size, axis):
     return [torch.cat([g.chunk(size, dim)[r] for g in gs], 0) for r in range(size)]
 
 
+def random(kind: str, salt: int, data: int, size: Sequence[int]) -> Tensor:
+    """The numbers of the random op of this number on a data rank, for the plain module and the graph alike."""
+    generator = torch.Generator().manual_seed(1000 * data + salt)
+    return (torch.rand if kind == "uniform" else torch.randn)(*size, generator=generator)
+
+
+class Plain(torch.overrides.TorchFunctionMode):
+    """The plain module on one data rank: random functions draw `random`, torch's grouped product takes fp64 too."""
+
+    def __init__(self, data: int):
+        super().__init__()
+        self.data, self.salt = data, -1
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch._grouped_mm, torch.nn.functional.grouped_mm) and args[0].dtype == torch.float64:
+            ends = [0, *kwargs["offs"].tolist()]
+            parts = [args[0][a:b] @ args[1][e] for e, (a, b) in enumerate(zip(ends, ends[1:]))]
+            return torch.cat([*parts, args[0].new_zeros(args[0].shape[0] - ends[-1], args[1].shape[2])])
+        if func not in (torch.rand, torch.rand_like, torch.randn_like, Tensor.uniform_):
+            return func(*args, **kwargs)
+        self.salt += 1
+        like = args[0] if isinstance(args[0], Tensor) else torch.empty(*args)
+        drawn = random("normal" if func is torch.randn_like else "uniform", self.salt, self.data, like.shape)
+        if func is Tensor.uniform_:
+            return like.copy_(drawn * (args[2] - args[1]) + args[1])
+        return drawn.to(like.dtype)
+
+
 COLLECTIVES = {
     ops.enter.default: _joint(lambda xs, *_: xs, _total),
     ops.all_reduce.default: _joint(_total, lambda gs, *_: gs),
@@ -169,8 +203,9 @@ GATHER_ROWS, SCATTER_ROWS = _joint(_all_rows, _own_sums), _joint(_own_sums, _all
 class Ranks:
     """All ranks of a mesh; rank r has the coordinates `self.at[r]`."""
 
-    def __init__(self, mesh: MeshShape, monkeypatch):
-        self.mesh = mesh
+    def __init__(self, mesh: MeshShape, monkeypatch, alike: bool = False):
+        """`alike`: random ops draw the numbers that `Plain` draws, not their own."""
+        self.mesh, self.alike = mesh, alike
         self.at = [dict(zip(AXES, c)) for c in itertools.product(*(range(mesh[a]) for a in AXES))]
         # local kernels ask for their rank by the axis, which is rewritten to name the rank itself
         monkeypatch.setattr(ted, "index_in", lambda axis: int(axis))
@@ -205,6 +240,10 @@ class Ranks:
     def call(self, target: Any, args: list[tuple], kwargs: list[dict]) -> list:
         schema = getattr(target, "_schema", None)
         axis = args[0][-1] if schema and schema.arguments and schema.arguments[-1].name == "axis" else None
+        if self.alike and target is ops.site.default:
+            return [torch.tensor(number) for _, number in args]
+        if self.alike and target is ops.rand.default:
+            return [self.random(r, *a) for r, a in enumerate(args)]
         if target is ops.share.default:
             return [_Share.apply(x, size) for x, size, _ in args]
         if axis and getattr(target, "namespace", "") == "ted":
@@ -214,6 +253,16 @@ class Ranks:
                     return found
             args = [(*a[:-1], str(self.index(axis, r))) for r, a in enumerate(args)]
         return [target(*a, **k) for a, k in zip(args, kwargs)]
+
+    def data(self, r: int) -> int:
+        return self.at[r]["dp"] * self.mesh.ep + self.at[r]["ep"]
+
+    def random(self, r: int, like: Tensor, site: Tensor, kind: str, axis: str) -> Tensor:
+        if not axis:
+            return random(kind, int(site), self.data(r), like.shape)
+        size = (like.shape[0] * self.mesh[axis], *like.shape[1:])  # tokens are split
+        whole = random(kind, int(site), self.data(r), size)
+        return whole.chunk(self.mesh[axis])[self.at[r][axis]]
 
     def index(self, axis: str, r: int) -> int:
         return next(g.index(r) for g in self.groups(axis) if r in g)
@@ -275,10 +324,11 @@ def parity(module: nn.Module, batches: list[dict[str, Any]], mesh: MeshShape, mo
     want: dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in parameters.items()}
     results, weights = [], []
     buffers = {n: b.clone() for n, b in module.named_buffers()}
-    for batch in batches:
+    for d, batch in enumerate(batches):
         for n, b in module.named_buffers():
             b.copy_(buffers[n])
-        out = [t for t in torch.utils._pytree.tree_leaves(module(**batch)) if t.is_floating_point()]
+        with Plain(d):
+            out = [t for t in torch.utils._pytree.tree_leaves(module(**batch)) if t.is_floating_point()]
         generator = torch.Generator().manual_seed(7)
         weights.append([torch.randn(t.shape, dtype=torch.float64, generator=generator) for t in out])
         total = sum((t * w).sum() for t, w in zip(out, weights[-1]))
@@ -286,8 +336,8 @@ def parity(module: nn.Module, batches: list[dict[str, Any]], mesh: MeshShape, mo
             want[n] += 0 if g is None else g
         results.append(out)
 
-    ranks = Ranks(mesh, monkeypatch)
-    data = [at["dp"] * mesh.ep + at["ep"] for at in ranks.at]
+    ranks = Ranks(mesh, monkeypatch, alike=True)
+    data = [ranks.data(r) for r in range(len(ranks.at))]
     leaves = [torch.utils._pytree.tree_leaves(b) for b in batches]
     local: dict[tuple[str, int], Tensor] = {}
     nodes = {}
@@ -296,6 +346,8 @@ def parity(module: nn.Module, batches: list[dict[str, Any]], mesh: MeshShape, mo
         kind, name = node.meta["role"]
         if kind == "input":
             return leaves[data[r]][name]
+        if kind == "seed":
+            return torch.zeros((), dtype=torch.int64)
         if kind == "buffer":
             return buffers[name].clone()
         if kind == "constant":

@@ -12,7 +12,10 @@ import importlib
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from tests import styles
 
 VOCAB, SEQ, BATCH, EXPERTS = 128, 16, 2, 8
 
@@ -128,6 +131,29 @@ def example(module: str, experts: int = EXPERTS, **sizes) -> tuple[nn.Module, Ma
     return model, make_batch
 
 
+class Styled(nn.Module):
+    """A language model of two MoE blocks of tests/styles.py, by name, and nothing else."""
+
+    def __init__(self, style: str):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, styles.H), nn.Linear(styles.H, VOCAB, bias=False)
+        self.blocks = nn.ModuleList([styles.STYLES[style]() for _ in range(2)])
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embed(idx)
+        for block in self.blocks:
+            x = x + block(F.layer_norm(x, (styles.H,)).flatten(0, 1)).view_as(x)
+        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
+
+
+def styled(style: str, experts: int = EXPERTS) -> tuple[nn.Module, MakeBatch]:
+    torch.manual_seed(0)
+    model = Styled(style).train()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5)
+    return model, functools.partial(ids_and_labels, ("idx", "targets"), 1)
+
+
 BASE: dict[str, Build] = {family: functools.partial(hugging_face, family) for family in families(EXPERTS)}
 BASE["nano_moe"] = functools.partial(example, "nano_moe", heads=4)
 BASE["shared_expert_moe"] = functools.partial(example, "shared_expert_moe", heads=8, kv_heads=4)
@@ -137,6 +163,9 @@ VARIANTS: dict[str, Build] = {
     f"{family}_aux": functools.partial(hugging_face, family, aux=True)
     for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
 }
+VARIANTS["titan_moe"] = functools.partial(example, "titan_moe", heads=4)
+for style in ("LoopContinue", "DenseFused"):
+    VARIANTS[f"style_{style}"] = functools.partial(styled, style)
 VARIANTS["qwen3_moe_kv2"] = functools.partial(hugging_face, "qwen3_moe", num_key_value_heads=2)
 
 MODELS: dict[str, Build] = BASE | VARIANTS

@@ -299,6 +299,125 @@ class DenseInputs(Stacked):
         return y.reshape(E, -1, H).sum(0)
 
 
+# ---- 5. sorted rows and torch's grouped products
+
+
+def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """rows (N, H) in the order of the experts, weight (E, H, I), counts (E,) of rows."""
+    return torch._grouped_mm(rows, weight, offs=counts.cumsum(0, dtype=torch.int32))
+
+
+class GroupedMm(Moe):
+    """torchtitan: sorted slots, counts by histc, scores before or after the experts, added back by scatter_add."""
+
+    before, inner = False, I
+
+    def __init__(self, k: int = K):
+        super().__init__(None, k)
+        self.w1, self.w3 = nn.Parameter(torch.empty(E, self.inner, H)), nn.Parameter(torch.empty(E, self.inner, H))
+        self.w2 = nn.Parameter(torch.empty(E, H, self.inner))
+
+    def body(self, rows: Tensor, counts: Tensor) -> Tensor:
+        h = F.silu(grouped_mm(rows, self.w1.transpose(-2, -1), counts))
+        h = h * grouped_mm(rows, self.w3.transpose(-2, -1), counts)
+        return grouped_mm(h, self.w2.transpose(-2, -1), counts).type_as(rows)
+
+    def dispatch(self, x, weights, index):
+        counts = torch.histc(index.view(-1).float(), bins=E, min=0, max=E)
+        order = torch.argsort(index.view(-1), stable=True)
+        scores, token = weights.view(-1)[order], order // self.k
+        spread = token.reshape(-1, 1).expand(-1, x.shape[-1])
+        rows = torch.gather(x, dim=0, index=spread)
+        if self.before:
+            rows = (rows.to(torch.float32) * scores.reshape(-1, 1)).to(x.dtype)
+        rows = self.body(rows, counts)
+        if not self.before:
+            rows = (rows.to(torch.float32) * scores.reshape(-1, 1)).to(x.dtype)
+        return torch.zeros_like(x).scatter_add(dim=0, index=spread, src=rows)
+
+
+class GroupedBefore(GroupedMm):
+    before = True
+
+
+class GroupedFunctional(GroupedMm):
+    """F.grouped_mm, and the sum over slots as a product (torchtitan today)."""
+
+    def body(self, rows, counts):
+        offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
+        h = F.silu(F.grouped_mm(rows, self.w1.transpose(-2, -1), offs=offsets))
+        h = h * F.grouped_mm(rows, self.w3.transpose(-2, -1), offs=offsets)
+        return F.grouped_mm(h, self.w2.transpose(-2, -1), offs=offsets)
+
+    def dispatch(self, x, weights, index):
+        counts = torch.histc(index.view(-1).float(), bins=E, min=0, max=E)
+        order = torch.argsort(index.view(-1), stable=True)
+        rows = self.body(x[order // self.k], counts)
+        slots = torch.zeros_like(rows)
+        slots[order] = rows
+        return torch.bmm(weights.reshape(-1, 1, self.k), slots.reshape(-1, self.k, x.shape[-1])).squeeze(1)
+
+
+class GroupedHalf(GroupedMm):
+    """Products in bf16 whatever the parameters are, as torchtitan's are."""
+
+    inner = 16  # torch wants rows of a multiple of 16 bytes
+
+    def body(self, rows, counts):
+        rows_, w1, w2, w3 = (t.bfloat16() for t in (rows, self.w1, self.w2, self.w3))
+        h = F.silu(grouped_mm(rows_, w1.transpose(-2, -1), counts)) * grouped_mm(rows_, w3.transpose(-2, -1), counts)
+        return grouped_mm(h, w2.transpose(-2, -1), counts).type_as(rows)
+
+
+class GroupedPadded(GroupedMm):
+    """Every expert's rows padded with zeros to a multiple of 8."""
+
+    def dispatch(self, x, weights, index):
+        flat = index.flatten()
+        expert, order = flat.sort(stable=True)
+        counts = torch.bincount(flat, minlength=E)
+        padded = (counts + 7) // 8 * 8
+        start, start_padded = counts.cumsum(0) - counts, padded.cumsum(0) - padded
+        place = torch.arange(flat.numel(), device=x.device) - start[expert] + start_padded[expert]
+        rows = x.new_zeros(flat.numel() + 8 * E, x.shape[-1]).index_copy(0, place, x[order // self.k])
+        y = self.body(rows, padded)[place]
+        return torch.zeros_like(x).index_add(0, order // self.k, y * weights.flatten()[order, None])
+
+
+class GroupedPermuted(GroupedMm):
+    """The padding as rows of zeros that indices point at: x with one row more, and places of -1."""
+
+    def dispatch(self, x, weights, index):
+        flat, m = index.flatten(), 8
+        slots = flat.numel()
+        counts = torch.bincount(flat, minlength=E)
+        order = flat.argsort(stable=True)
+        rows = x[order // self.k]
+        padded = (counts + m - 1) // m * m
+        ends = padded.cumsum(0)
+        place = torch.arange(slots + m * E, device=x.device)
+        expert = torch.searchsorted(ends, place, right=True).clamp(max=E - 1)
+        within = place - (ends - padded)[expert]
+        source = (counts.cumsum(0) - counts)[expert] + within
+        source = torch.where((within < counts[expert]) & (place < ends[-1]), source, slots)
+        y = self.body(torch.vstack((rows, rows.new_zeros(1, x.shape[-1])))[source], padded)
+        back = y.new_zeros(slots + 1, x.shape[-1])
+        back[source] = y
+        return torch.zeros_like(x).index_add(0, order // self.k, back[:-1] * weights.flatten()[order, None])
+
+
+class ExpertChoice(GroupedMm):
+    """Every expert takes its best C tokens."""
+
+    def forward(self, x):
+        capacity = max(1, x.shape[0] * self.k // E)
+        scores = self.gate(x).softmax(-1)
+        weights, token = scores.t().topk(capacity, dim=-1)  # (E, C)
+        counts = torch.full((E,), capacity, device=x.device)
+        y = self.body(x[token.flatten()], counts) * weights.flatten()[:, None]
+        return torch.zeros_like(x).index_add(0, token.flatten(), y)
+
+
 # ---- 6. weights gathered for each slot
 
 
@@ -327,20 +446,170 @@ class GatheredMatmul(Stacked):
         return (y.squeeze(2) * weights.unsqueeze(-1)).sum(1)
 
 
+# ---- 3. places of a capacity, filled in other ways
+
+
+class ExpertChoiceBmm(Stacked):
+    def forward(self, x):
+        capacity = max(1, x.shape[0] * self.k // E)
+        weights, token = self.gate(x).softmax(0).topk(capacity, dim=0)  # (C, E)
+        y = self.body(x[token.t()]) * weights.t().unsqueeze(-1)
+        return torch.zeros_like(x).index_add(0, token.t().reshape(-1), y.reshape(-1, H))
+
+
+class ExpertChoiceOneHot(Stacked):
+    """Zhou et al.: the choice as a permutation matrix (E, C, T)."""
+
+    def forward(self, x):
+        capacity = max(1, x.shape[0] * self.k // E)
+        weights, token = self.gate(x).softmax(-1).t().topk(capacity, dim=-1)
+        chosen = F.one_hot(token, x.shape[0]).to(x.dtype)
+        y = self.body(torch.einsum("ect,th->ech", chosen, x))
+        return torch.einsum("ect,ec,ech->th", chosen, weights, y)
+
+
+class Buffers(Stacked):
+    """Tutel, Megatron: slots are scattered to buffers (E*C, H), what is over the capacity to none."""
+
+    def dispatch(self, x, weights, index):
+        T, flat = x.shape[0], index.flatten()
+        capacity = math.ceil(self.k * T / E)
+        position = (F.one_hot(flat, E).cumsum(0) * F.one_hot(flat, E)).sum(-1) - 1
+        kept = position < capacity
+        place = torch.where(kept, flat * capacity + position, E * capacity)
+        buffers = x.new_zeros(E * capacity + 1, H).index_copy(0, place, x.repeat_interleave(self.k, 0))
+        y = self.body(buffers[:-1].view(E, capacity, H)).reshape(-1, H)
+        y = torch.cat([y, y.new_zeros(1, H)])[place] * (weights.flatten() * kept)[:, None]
+        return y.view(T, self.k, H).sum(1)
+
+
+# ---- 7. parameters in other shapes, and what stands beside the experts
+
+
+class Fused(LoopContinue):
+    """A loop over stacked weights: [gate; up] in halves or interleaved, biases, a scale of every expert."""
+
+    interleaved = transposed = False
+
+    def __init__(self):
+        super().__init__(None)
+        shape = (E, H, 2 * I) if self.transposed else (E, 2 * I, H)
+        self.gate_up, self.gate_up_bias = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(E, 2 * I))
+        self.down = nn.Parameter(torch.empty((E, I, H) if self.transposed else (E, H, I)))
+        self.down_bias, self.scale = nn.Parameter(torch.empty(E, H)), nn.Parameter(torch.empty(E))
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        if self.transposed:
+            h = x @ self.gate_up[e] + self.gate_up_bias[e]
+        else:
+            h = F.linear(x, self.gate_up[e], self.gate_up_bias[e])
+        gate, up = (h[..., ::2], h[..., 1::2]) if self.interleaved else h.chunk(2, dim=-1)
+        h = F.silu(gate) * up * self.scale[e]
+        return h @ self.down[e] + self.down_bias[e] if self.transposed else F.linear(h, self.down[e], self.down_bias[e])
+
+    @property
+    def experts(self):
+        return [functools.partial(self.expert, e) for e in range(E)]
+
+
+class FusedTransposed(Fused):
+    transposed = True
+
+
+class FusedInterleaved(Fused):
+    interleaved = True
+
+
+class GroupedInterleaved(GroupedMm):
+    """GPT-OSS: [gate, up] interleaved, biases of the rows' experts, over sorted rows."""
+
+    def __init__(self):
+        Moe.__init__(self, None)
+        self.gate_up, self.gate_up_bias = nn.Parameter(torch.empty(E, H, 2 * I)), nn.Parameter(torch.empty(E, 2 * I))
+        self.down, self.down_bias = nn.Parameter(torch.empty(E, I, H)), nn.Parameter(torch.empty(E, H))
+
+    def body(self, rows, counts):
+        counts = counts.long()
+        expert = torch.repeat_interleave(torch.arange(E, device=rows.device), counts, output_size=rows.shape[0])
+        h = grouped_mm(rows, self.gate_up, counts) + self.gate_up_bias[expert]
+        gate, up = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(-7.0, 7.0)
+        return grouped_mm((up + 1) * gate * torch.sigmoid(1.702 * gate), self.down, counts) + self.down_bias[expert]
+
+
+class DenseFused(Moe):
+    """GPT-OSS's dense form: bmm with transposed weights, [gate; up] in halves."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.gate_up, self.down = nn.Parameter(torch.empty(E, 2 * I, H)), nn.Parameter(torch.empty(E, H, I))
+
+    def dispatch(self, x, weights, index):
+        scores = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter(1, index, weights)
+        gate, up = torch.bmm(x.expand(E, -1, -1), self.gate_up.transpose(1, 2)).chunk(2, dim=-1)
+        y = torch.bmm(F.silu(gate) * up, self.down.mT)
+        return (y * scores.t()[..., None]).sum(dim=0)
+
+
+class Shared(LoopContinue):
+    """A shared expert beside the routed ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = MLP()
+
+    def dispatch(self, x, weights, index):
+        return super().dispatch(x, weights, index) + self.shared(x)
+
+
+class SharedGated(Shared):
+    """Qwen2-MoE: with a gate of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared_gate = nn.Linear(H, 1, bias=False)
+
+    def dispatch(self, x, weights, index):
+        return LoopContinue.dispatch(self, x, weights, index) + self.shared_gate(x).sigmoid() * self.shared(x)
+
+
+class GroupedShared(GroupedMm):
+    """torchtitan: the routed rows are added onto what the shared expert makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = MLP()
+
+    def dispatch(self, x, weights, index):
+        flat = index.flatten()
+        order = flat.argsort(stable=True)
+        y = self.body(x[order // self.k], flat.bincount(minlength=E)) * weights.flatten()[order, None]
+        return self.shared(x).index_add(0, order // self.k, y)
+
+
 LOOPS = {c.__name__: c for c in (LoopWhere, LoopMask, LoopNonzero, LoopSlots)}
 CONTROL = {c.__name__: c for c in (LoopAny, LoopContinue, LoopHit, LoopHitStacked, LoopSplit)}
 ONE_HOT = {c.__name__: c for c in (OneHot, OneHotModules, Switch)}
 DENSE = {c.__name__: c for c in (LoopDense, DenseBmm, DenseEinsum, DenseInputs)}
 GATHERED = {c.__name__: c for c in (Gathered, GatheredEinsum, GatheredMatmul)}
+GROUPED = {
+    c.__name__: c for c in (GroupedMm, GroupedBefore, GroupedFunctional, GroupedPadded, GroupedPermuted, ExpertChoice)
+}
+CAPACITY = {c.__name__: c for c in (ExpertChoiceBmm, ExpertChoiceOneHot, Buffers)}
+SHAPES = {c.__name__: c for c in (Fused, FusedTransposed, FusedInterleaved, GroupedInterleaved, DenseFused)}
+SHARED = {c.__name__: c for c in (Shared, SharedGated, GroupedShared)}
 STYLES: dict[str, Callable[[], nn.Module]] = LOOPS | CONTROL | ONE_HOT | DENSE | GATHERED
+STYLES |= GROUPED | CAPACITY | SHAPES | SHARED
+NUMBERS = {name: number for number, group in {1: LOOPS, 2: CONTROL, 3: ONE_HOT | CAPACITY, 4: DENSE, 5: GROUPED,
+           6: GATHERED, 7: SHAPES | SHARED}.items() for name in group}  # fmt: skip
 STYLES["LoopBiases"] = functools.partial(LoopContinue, functools.partial(MLP, bias=True))
 STYLES["LoopSequential"] = functools.partial(LoopAny, FeedForward)
+NUMBERS |= {"LoopBiases": 2, "LoopSequential": 2}
 
 
-def build(name: str) -> nn.Module:
+def build(make: Callable[[], nn.Module]) -> nn.Module:
     """The module with random weights, the same on every call."""
     torch.manual_seed(0)
-    module = STYLES[name]()
+    module = make()
     with torch.no_grad():
         for p in module.parameters():
             p.normal_(0, 0.5)

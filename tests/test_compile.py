@@ -17,7 +17,7 @@ def test_inductor_tunes_no_reduction_where_ranks_must_be_bit_equal(monkeypatch, 
     seen = []
     monkeypatch.setattr(compile_fx, "compile_fx_inner", lambda *a, **k: seen.append(config.deterministic))
     gm = symbolic_trace(torch.nn.ReLU())
-    compile._compiler("inductor", {}, deterministic)(False, False)(gm, [])
+    compile._compiler("inductor", {}, deterministic, True)(False, False)(gm, [])
     assert seen == [deterministic]
 
 
@@ -33,5 +33,5 @@ def test_a_graph_with_collectives_keeps_its_order(monkeypatch):
     y = graph.call_function(ops.all_reduce.default, (x, "tp"))
     graph.output(y)
     for gm in (symbolic_trace(torch.nn.ReLU()), torch.fx.GraphModule({}, graph)):
-        compile._compiler("inductor", {"tp": "ted_tp"}, False)(True, False)(gm, [])
+        compile._compiler("inductor", {"tp": "ted_tp"}, False, True)(True, False)(gm, [])
     assert seen == [config.reorder_for_peak_memory, False]

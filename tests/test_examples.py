@@ -16,7 +16,7 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize("name", ["nano_moe", "shared_expert_moe"])
+@pytest.mark.parametrize("name", ["nano_moe", "shared_expert_moe", "titan_moe"])
 def test_plain_model_trains_one_step(name):
     torch.manual_seed(0)
     model, inputs = load(name).build()
@@ -28,7 +28,7 @@ def test_plain_model_trains_one_step(name):
     assert model(**inputs) < loss
 
 
-@pytest.mark.parametrize("name", ["nano_moe", "shared_expert_moe"])
+@pytest.mark.parametrize("name", ["nano_moe", "shared_expert_moe", "titan_moe"])
 def test_build_scales_and_returns_logits_without_targets(name):
     model, inputs = load(name).build(batch=3, seq=24, layers=1, experts=4, top_k=1, vocab=50)
     assert model(inputs["idx"]).shape == (3, 24, 50)

@@ -53,7 +53,7 @@ def test_parity(run, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["qwen3_moe", "deepseek_v3", "nano_moe"])
+@pytest.mark.parametrize("model", ["qwen3_moe", "deepseek_v3", "nano_moe", "style_LoopContinue", "style_DenseFused"])
 def test_parity_compiled(run, model):
     case = Case(model, (1, 2, 2), backend="inductor")
     check(case, run(case))
@@ -62,8 +62,11 @@ def test_parity_compiled(run, model):
 def check(case: Case, result: dict) -> None:
     assert result["ok"], f"{case}\n{result['message']}"
     _, ep, tp = case.mesh
-    assert result["expert_fraction"] == pytest.approx(1 / (ep * tp)), "experts are not split over ep and tp"
-    if tp == 2:
+    stacked = case.model != "style_LoopContinue"  # whose experts are modules
+    assert not stacked or result["expert_fraction"] == pytest.approx(1 / (ep * tp)), (
+        "experts are not split over ep and tp"
+    )
+    if tp == 2 and not case.model.startswith("style"):  # these have more embedding than layers
         assert result["param_fraction"] <= 0.6, "tensor parallelism did not happen"
 
 
