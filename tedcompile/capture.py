@@ -95,12 +95,12 @@ def _conversions(model: torch.nn.Module) -> Iterator[None]:
 
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        vars(module)["_apply"] = lambda change, *_, path=path, module=module: convert(path, module, change)
+        module.__dict__["_apply"] = lambda change, *_, path=path, module=module: convert(path, module, change)
     try:
         yield
     finally:
         for module in modules.values():
-            vars(module).pop("_apply", None)
+            module.__dict__.pop("_apply", None)
 
 
 @contextlib.contextmanager
