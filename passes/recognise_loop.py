@@ -263,16 +263,20 @@ class _Loop:
     def kept(self, merge: Merge, index: Node, like: Node) -> Node:
         """1 for each slot (T*K, 1) whose token the loop reads, 0 where its masks leave the token out."""
         mask = _positions(next(iter(self.reads)))[0]
-        while mask.target in STEPS | FOUND | READS and shape(mask)[:1] != (self.experts,):
+        while mask.target in STEPS | FOUND | READS and not self.of_experts(mask):
             mask = mask.args[0]
-        if not _static(mask.meta["val"]) or math.prod(shape(mask)) != self.experts * self.tokens:
-            raise Differs("it leaves tokens out, and its masks are not of experts and tokens")
+        if not self.of_experts(mask):
+            raise Differs(f"it leaves tokens out, and {mask.name} is not a mask of experts and tokens")
         rows = merge.add(aten.reshape.default, (mask, [self.experts, self.tokens]))
         table = merge.add(aten.ne.Scalar, (merge.add(aten.transpose.int, (rows, 0, 1)), 0))
         found = merge.add(aten.gather.default, (table, 1, merge.add(aten.to.dtype, (index, torch.int64))))
         return merge.add(
             aten.to.dtype, (merge.add(aten.reshape.default, (found, [self.tokens * self.k, 1])), like.meta["val"].dtype)
         )
+
+    def of_experts(self, mask: Node) -> bool:
+        value = mask.meta["val"]
+        return _static(value) and value.shape[0] == self.experts and value.numel() == self.experts * self.tokens
 
     def replace(self, writes: list[tuple[int, Node, Node]]) -> None:
         graph, last = self.gm.graph, writes[-1][1]
