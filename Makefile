@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1# many processes share the cores, and waiting OpenMP threads spin
 
-.PHONY: demo test lint matrix matrix-optimizers soak test-211 clean
+.PHONY: demo test lint matrix matrix-optimizers families soak test-211 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,10 @@ matrix: $(VENV)/.installed
 # The product of optimizers, ZeRO stages and meshes.
 matrix-optimizers: $(VENV)/.installed
 	$(BIN)/python -m tests.parity.optimizers $(ARGS)
+
+# Every MoE family of the installed transformers.
+families: $(VENV)/.installed
+	$(BIN)/python -m tests.parity.families $(ARGS)
 
 # Ranks of a training run are killed at random moments, and it goes on.
 soak: $(VENV)/.installed

@@ -11,7 +11,7 @@ After:  rows, counts, perm, order = permute(x, index);  y = expert(rows), with g
 
 There are many ways to write the positions, so they are not matched: they are evaluated on routings that reach every
 expert, and must be, on each, those of the tokens (or slots) of one expert, in one order for all that enters and leaves.
-Tokens that they leave out (over an expert's capacity) are choices of -1. The experts' code is merged by
+Tokens that they leave out (over an expert's capacity) are rows of weight 0. The experts' code is merged by
 `merge_experts`. A loop that is anything else stays as written.
 """
 
@@ -165,7 +165,7 @@ class _Loop:
 
     def slots(self, node: Node) -> tuple[int, list[list[int]], str] | None:
         """The expert of a read or write, the slots of its rows on each trial, and whether it is of tokens or slots."""
-        kind, flats, experts, over = "", [], set(range(self.experts)), set[int]()
+        kind, flats, experts = "", [], set(range(self.experts))
         for values in self.trials:
             index = values[self.index].reshape(self.tokens, self.k)
             try:
@@ -184,19 +184,15 @@ class _Loop:
             kind = "token" if math.prod(dims) == self.tokens else "slot"
             places = index if kind == "token" else index.reshape(-1, 1)
             ordered = flat.sort().values
+            if ordered.unique().numel() != ordered.numel():
+                return None
             experts &= set(places[ordered[0]].tolist()) if len(ordered) else set()
-            choose = {e: (places == e).any(1) for e in experts}
-            experts = {
-                e
-                for e, chosen in choose.items()
-                if len(set(ordered.tolist())) == len(ordered) and chosen[ordered].all()
-            }
-            over |= {e for e in experts if len(ordered) < choose[e].sum()}
+            experts = {e for e in experts if (places == e).any(1)[ordered].all()}
             flats.append((index, flat))
         if len(experts) != 1:
             return None
         (e,) = experts
-        self.drops |= e in over
+        self.drops |= any(f.numel() < (i == e).sum() for i, f in flats)
         lists = [(f if kind == "slot" else f * self.k + (i[f] == e).int().argmax(1)).tolist() for i, f in flats]
         return e, lists, kind
 
@@ -270,22 +266,23 @@ class _Loop:
     puts = False
     drops = False  # some tokens are over an expert's capacity
 
-    def kept(self, merge: Merge, index: Node) -> Node:
-        """The choices (T, K), -1 where the loop's masks leave a token out."""
-        masks = {}
-        for read, e in self.reads.items():
-            n = _positions(read)[0]
-            while n.target in STEPS:
-                n = n.args[0]
-            masks[e] = n.args[0] if n.target in FOUND else n
-        if any(math.prod(shape(m)) != self.tokens for m in masks.values()):
-            raise Differs("it leaves tokens out, and its masks are not of tokens")
-        rows = [merge.add(aten.reshape.default, (masks[e], [self.tokens])) for e in range(self.experts)]
-        table = merge.add(aten.ne.Scalar, (merge.add(aten.stack.default, (rows, 1)), 0))
-        number = merge.add(aten.to.dtype, (index, torch.int64))
-        kept = merge.add(aten.to.dtype, (merge.add(aten.gather.default, (table, 1, number)), torch.int64))
-        above = merge.add(aten.mul.Tensor, (merge.add(aten.add.Tensor, (number, 1)), kept))
-        return merge.add(aten.sub.Tensor, (above, 1))
+    def kept(self, merge: Merge, index: Node, like: Node) -> Node:
+        """1 for each slot (T*K, 1) whose token the loop reads, 0 where its masks leave the token out."""
+        mask = _positions(next(iter(self.reads)))[0]
+        while mask.target in STEPS | FOUND | READS and not self.of_experts(mask):
+            mask = mask.args[0]
+        if not self.of_experts(mask):
+            raise Differs(f"it leaves tokens out, and {mask.name} is not a mask of experts and tokens")
+        rows = merge.add(aten.reshape.default, (mask, [self.experts, self.tokens]))
+        table = merge.add(aten.ne.Scalar, (merge.add(aten.transpose.int, (rows, 0, 1)), 0))
+        found = merge.add(aten.gather.default, (table, 1, merge.add(aten.to.dtype, (index, torch.int64))))
+        return merge.add(
+            aten.to.dtype, (merge.add(aten.reshape.default, (found, [self.tokens * self.k, 1])), like.meta["val"].dtype)
+        )
+
+    def of_experts(self, mask: Node) -> bool:
+        value = mask.meta["val"]
+        return _static(value) and value.shape[0] == self.experts and value.numel() == self.experts * self.tokens
 
     def replace(self, writes: list[tuple[int, Node, Node]]) -> None:
         graph, last = self.gm.graph, writes[-1][1]
@@ -300,8 +297,7 @@ class _Loop:
             merge = Merge(self.gm, self.ctx, self.experts, entries, writes[0][2])
             index = merge.add(aten.reshape.default, (self.index, [self.tokens, self.k]))
             flat = x if len(shape(x)) == 2 else merge.add(aten.reshape.default, (x, [self.tokens, -1]))
-            chosen = self.kept(merge, index) if self.drops else index
-            dispatch = merge.add(ops.permute.default, (flat, chosen, self.experts))
+            dispatch = merge.add(ops.permute.default, (flat, index, self.experts))
             rows, counts, perm, order = (merge.add(operator.getitem, (dispatch, i)) for i in range(4))
             back = merge.add(aten.reshape.default, (perm, [-1]))
             merge.rows, merge.counts = rows, counts
@@ -319,6 +315,10 @@ class _Loop:
             for group in groups:
                 entries[group] = enter(group)
             y = merge.value(tuple(w[2] for w in writes))
+            if self.drops:
+                y = merge.add(
+                    aten.mul.Tensor, (y, merge.add(ops.take.default, (self.kept(merge, index, y), order, back)))
+                )
             if self.puts:
                 out = merge.add(ops.take.default, (y, back, order))
             else:
