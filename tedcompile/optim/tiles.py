@@ -64,7 +64,7 @@ def _exact_signed(x: Tensor, found: tuple) -> tuple[Tensor, Tensor]:
     """The scale is one of the neighbours of largest value / largest code; rounding by chance may leave 126 of 127."""
     code, scale = found
     top = x.abs().amax(-1, keepdim=True)
-    for largest in (127, 126):
+    for largest in (126, 127):  # where both do, as for a single number, the likely one is taken
         for direction in (0.0, torch.inf, -torch.inf):
             guess = top / largest
             guess = guess if not direction else torch.nextafter(guess, torch.full_like(guess, direction))
