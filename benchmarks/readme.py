@@ -16,7 +16,7 @@ HERE = pathlib.Path(__file__).parent
 NAMES = {"forward_backward_ms": "forward + backward, ms", "step_ms": "step, ms",
          "tokens_per_s_per_gpu": "tokens/s per GPU", "calls": "collectives a step",
          "ep_gib": "sent over ep (or ep x tp), GiB", "tp_gib": "sent over tp, GiB", "peak_gib": "peak memory, GiB",
-         "first_step_s": "first step, s",
+         "first_step_s": "first step, s", "second_step_s": "second step, s",
          "fastest_ms": "fastest, ms", "predicted_ms": "predicted, ms", "time_ratio": "measured / predicted",
          "link_mib": "sent by a host, MiB", "predicted_link_mib": "predicted, MiB",
          "bytes_ratio": "bytes measured / predicted",
@@ -101,7 +101,8 @@ def main() -> None:
     readme = HERE.parent / "README.md"
     text = readme.read_text()
     tables = {
-        name: functools.partial(steps, name) for name in ("train_step", "mesh_runs", "communication", "slow_link")
+        name: functools.partial(steps, name)
+        for name in ("train_step", "mesh_runs", "communication", "slow_link", "compile_time")
     }
     tables["optimizer"] = optimizer
     tables["mesh_runs_options"] = functools.partial(steps, "mesh_runs", OPTIONS, layers=True)
