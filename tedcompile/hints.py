@@ -103,7 +103,8 @@ class Assumed(torch.overrides.TorchFunctionMode):
             dim = kwargs.get("dim", args[at] if len(args) > at else -1)
             parts = list(result) if isinstance(result, tuple) else [result]
             for index in parts[which]:
-                if compat.example_of(index) is None and isinstance(dim, int) and x.dim():
+                chosen = compat.example_of(index) is None or x.is_floating_point()
+                if chosen and isinstance(dim, int) and x.dim():
                     with compat.no_modes():
                         example = _spread(index.shape, dim % x.dim(), x.shape[dim])
                     compat.set_example(index, example)

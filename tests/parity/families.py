@@ -87,8 +87,9 @@ def look(family: Family) -> Seen:
         "tp" in split.get(n, {}) and p.dim() == 2 and n not in family.experts and models.VOCAB not in p.shape
         for n, p in model.named_parameters()
     )
-    blocks = [r for n, r in ctx.replicated if n.op != "placeholder"]
-    seen.recognised = bool(over_ep) and not blocks
+    # other products than those of the experts, such as those of heads, may stay as written
+    stays = [pipeline.where(n) + "." for n, _ in ctx.replicated if n.op != "placeholder"]
+    seen.recognised = bool(over_ep) and not any(n.startswith(path) for n in family.experts for path in stays)
     seen.reasons = [] if seen.whole else [f"{pipeline.where(n)}: {r}" for n, r in ctx.replicated]
     return seen
 
