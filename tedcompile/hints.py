@@ -116,5 +116,7 @@ def _spread(shape: torch.Size, dim: int, size: int) -> Tensor:
     if dim >= len(shape) or shape.numel() <= shape[dim]:
         return (torch.arange(shape.numel()) % size).reshape(shape)
     rest = [s for i, s in enumerate(shape) if i != dim]
-    flat = torch.arange(shape.numel()).reshape(*rest, shape[dim]) % size
-    return flat.movedim(-1, dim).contiguous()
+    number = shape.numel() // shape[dim]
+    step = shape[dim] if shape[dim] % size else 1  # a whole order starts elsewhere in each row: its first may be taken
+    flat = (torch.arange(number)[:, None] * step + torch.arange(shape[dim])) % size
+    return flat.reshape(*rest, shape[dim]).movedim(-1, dim).contiguous()
