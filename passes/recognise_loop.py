@@ -272,7 +272,10 @@ class _Loop:
         while mask.target in STEPS | FOUND | READS and not self.of_experts(mask):
             mask = mask.args[0]
         if not self.of_experts(mask):
-            raise Differs(f"it leaves tokens out, and {mask.name} is not a mask of experts and tokens")
+            raise Differs(
+                f"it leaves tokens out, and {mask.name} {list(shape(mask))} is not a mask of {self.experts} experts "
+                f"and {self.tokens} tokens"
+            )
         rows = merge.add(aten.reshape.default, (mask, [self.experts, self.tokens]))
         table = merge.add(aten.ne.Scalar, (merge.add(aten.transpose.int, (rows, 0, 1)), 0))
         found = merge.add(aten.gather.default, (table, 1, merge.add(aten.to.dtype, (index, torch.int64))))

@@ -279,8 +279,11 @@ def _inline_regions(gm: GraphModule) -> None:
                 elif not node.args[0]:
                     new.meta["no_grad"] = True
             results = list(results) if isinstance(results, (tuple, list)) else [results]
+            results = [_origin(r) if isinstance(r, Node) else r for r in results]
             if grad and not node.args[0]:
                 for i, value in enumerate(results):
+                    if any(value is operand for operand in operands):  # of outside; the region has only read it
+                        continue
                     if isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor):
                         results[i] = gm.graph.call_function(aten.detach.default, (value,))
                         results[i].meta = dict(value.meta)
@@ -290,6 +293,29 @@ def _inline_regions(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
         if not submodule.users:
             gm.graph.erase_node(submodule)
+
+
+# ops that give their operand itself where there is nothing to do; later uses of the operand then read the op's result
+SELF = {
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten.contiguous.default,
+    aten.flatten.using_ints, aten.resolve_conj.default, aten.resolve_neg.default, aten.dropout.default,
+}  # fmt: skip
+
+
+def _origin(node: Node) -> Node:
+    """The value that a node gives on as the very same tensor, as `x.to(x.dtype)` gives x."""
+    while node.op == "call_function" and node.target in SELF:
+        x = node.args[0]
+        assert isinstance(x, Node)
+        a, b = x.meta["val"], node.meta["val"]
+        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+        given = dict(zip(names, node.args)) | node.kwargs
+        if given.get("copy") or given.get("p") and given["train"]:
+            break
+        if (a.dtype, a.shape, a.stride()) != (b.dtype, b.shape, b.stride()):
+            break
+        node = x
+    return node
 
 
 def source_line(node: Node) -> str:

@@ -103,7 +103,8 @@ class Assumed(torch.overrides.TorchFunctionMode):
             dim = kwargs.get("dim", args[at] if len(args) > at else -1)
             parts = list(result) if isinstance(result, tuple) else [result]
             for index in parts[which]:
-                if compat.example_of(index) is None and isinstance(dim, int) and x.dim():
+                chosen = compat.example_of(index) is None or x.is_floating_point()
+                if chosen and isinstance(dim, int) and x.dim():
                     with compat.no_modes():
                         example = _spread(index.shape, dim % x.dim(), x.shape[dim])
                     compat.set_example(index, example)
@@ -115,5 +116,7 @@ def _spread(shape: torch.Size, dim: int, size: int) -> Tensor:
     if dim >= len(shape) or shape.numel() <= shape[dim]:
         return (torch.arange(shape.numel()) % size).reshape(shape)
     rest = [s for i, s in enumerate(shape) if i != dim]
-    flat = torch.arange(shape.numel()).reshape(*rest, shape[dim]) % size
-    return flat.movedim(-1, dim).contiguous()
+    number = shape.numel() // shape[dim]
+    step = shape[dim] if shape[dim] % size else 1  # a whole order starts elsewhere in each row: its first may be taken
+    flat = (torch.arange(number)[:, None] * step + torch.arange(shape[dim])) % size
+    return flat.reshape(*rest, shape[dim]).movedim(-1, dim).contiguous()

@@ -33,7 +33,6 @@ FIELDS: list[tuple[str, Any]] = [
     (r"(mamba_)?expand", 1),
     (r"topk_group", lambda v: v and 1),
     (r"is_moe|enable_moe_block", True),
-    (r".*(experts?_per_tok(en)?|moe_top_?k|top_k|moe_k|top_k_experts)", lambda v: 1 if v == 1 else TOP_K),
     (r"zero_expert_num", 2),
     (r"expert_capacity", 3),  # tokens are dropped
     (r".*vocab_size\w*", lambda v: v and models.VOCAB),
@@ -67,6 +66,7 @@ def shrunk(default: dict[str, Any], experts: int) -> dict[str, Any]:
     every = [(path[-1], v) for path, v in leaves(default)]
     top = dict(reversed(every))
     queries = [v for n, v in every if re.fullmatch(r"num_attention_heads|(num|n)_heads", n)]
+    one_of_many = any(v and v > 1 for n, v in every if re.fullmatch(COUNTS, n))
     of, kept = _layers(default, next((v for n, v in top.items() if re.fullmatch(LAYERS, n)), 0))
 
     def value(name: str, v: Any) -> Any:
@@ -80,6 +80,8 @@ def shrunk(default: dict[str, Any], experts: int) -> dict[str, Any]:
             return len(kept)
         if re.fullmatch(COUNTS, name):
             return experts
+        if re.fullmatch(r".*(experts?_per_tok(en)?|moe_top_?k|moe_k|top_k_experts)", name):
+            return 1 if v == 1 and one_of_many else TOP_K
         if re.fullmatch(r".*(key_value_heads|kv_n_heads|num_key_heads|kv_heads)", name):
             return v and (HEADS if v in queries else HEADS // 2)
         if re.fullmatch(r".*heads(_per_layer)?", name):
@@ -208,6 +210,9 @@ def build(name: str, experts: int = EXPERTS) -> tuple[nn.Module, models.MakeBatc
     torch.manual_seed(0)
     model = _model(config(name, experts))
     models.randomise(model)
+    for table in model.buffers():  # the experts of each word
+        if table.shape == (models.VOCAB, TOP_K) and not table.is_floating_point():
+            table.copy_(torch.rand(models.VOCAB, experts).argsort(1)[:, :TOP_K])
 
     def make_batch(data_rank: int, step: int, **options) -> dict[str, torch.Tensor]:
         batch = models.ids_and_labels(("input_ids", "labels"), 0, data_rank, step, **options)

@@ -153,3 +153,33 @@ def test_bind():
         bind(forward, (), {})
     with pytest.raises(TypeError, match=r"takes \*xs"):
         bind(lambda *xs: None, (1, 2), {})
+
+
+class Reads(nn.Module):
+    """Under no_grad a value is only read, by ops that may give the very same tensor."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.linear, self.read = nn.Linear(4, 4), read
+
+    def forward(self, x):
+        h = self.linear(x)
+        with torch.no_grad():
+            scale = self.read(h)
+        return (h * h * scale).sum()
+
+
+@pytest.mark.parametrize("read", [
+    lambda h: h.to(h.dtype).sum(), lambda h: h.float().contiguous().mean(), lambda h: F.dropout(h, 0.0).type_as(h),
+    lambda h: h.to(h.dtype, copy=True), lambda h: h, lambda h: h.to(torch.float64).exp(),
+    lambda h: h.to(h.dtype, non_blocking=True).flatten(0, 0),
+])  # fmt: skip
+def test_what_is_read_under_no_grad_keeps_its_gradient(read):
+    model, x = Reads(read), torch.randn(3, 4)
+    gm = capture(model, dict(x=x)).gm
+    values = [x if n.meta["role"][0] == "input" else model.get_parameter(n.meta["role"][1])
+              for n in gm.graph.nodes if n.op == "placeholder"]  # fmt: skip
+    gm.recompile()
+    want = torch.autograd.grad(model(x), list(model.parameters()))
+    got = torch.autograd.grad(gm(*values)[0], list(model.parameters()))
+    torch.testing.assert_close(got, want)

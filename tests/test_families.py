@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tedcompile.capture import capture
+from tedcompile.hints import _spread
 from tedcompile.mesh import MeshShape
 from tests import families, styles
 from tests.lockstep import distributed, parity, placements, targets
@@ -109,3 +110,12 @@ def test_conversions_inside_a_forward():
     with pytest.raises(ValueError, match="converts linear.weight from torch.float32 to torch.float64"):
         capture(module, dict(x=x))
     assert module.linear.weight.dtype == torch.float32 and "_apply" not in vars(module.linear)
+
+
+def test_a_choice_has_an_example_that_reaches_every_expert():
+    for shape, dim, size in [((6, 2), 1, 4), ((6, 4), 1, 4), ((2, 3, 1), 2, 5), ((4, 6), 0, 4), ((2, 8), 2, 4)]:
+        example = _spread(torch.Size(shape), dim, size)
+        assert example.shape == shape and example.unique().tolist() == list(range(size))
+        if dim < len(shape):
+            assert all(len(set(row.tolist())) == shape[dim] for row in example.movedim(dim, -1).reshape(-1, shape[dim]))
+    assert _spread(torch.Size((6, 4)), 1, 4)[:, :1].unique().numel() == 4
