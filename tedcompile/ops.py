@@ -753,9 +753,7 @@ def start_all_to_all(x, splits, like, axis):
     to, from_ = splits.tolist()
     got = sum(from_)
     out = x.new_empty(got if like is None else like.shape[0], *x.shape[1:])
-    work = dist.all_to_all_single(
-        out[:got], x[: sum(to)].contiguous(), from_, to, group=group_of(axis), async_op=True
-    )
+    work = dist.all_to_all_single(out[:got], x[: sum(to)].contiguous(), from_, to, group=group_of(axis), async_op=True)
     out[got:] = 0
     _on_their_way.setdefault(out.data_ptr(), []).append(work)
     return out

@@ -51,7 +51,9 @@ def test_lowered_transfers_overlap_with_products():
     # the second part is under way during the products of the first, whose results are during those of the second
     assert starts[0] < products[0] < products[1] < arrivals[0]
     assert starts[1] < products[2] < products[3] < arrivals[1]
-    assert found.count(ops.all_to_all.default) == 1  # the first part's way there, and the last one's back, are waited for
+    assert (
+        found.count(ops.all_to_all.default) == 1
+    )  # the first part's way there, and the last one's back, are waited for
     assert found.count(ops.all_to_all_like.default) == 1
     assert ops.regroup.default in found and aten.cat.default not in found
 
