@@ -8,9 +8,9 @@ After, 2 chunks:
          back0 = all_to_all(body(there0));  back1 = all_to_all(body(there1))
          out = join(unpermute(back0, ..., w0), unpermute(back1, ..., w1))
 
-`lower` starts a transfer as soon as its rows are there and waits where they are read. The order of the stages above lets
-the backward, which autograd derives in the opposite order, overlap in the same way. A rank cuts its own rows; which
-tokens are a part plays no role, for experts compute each row by itself. (FasterMoE, PPoPP 2022, section 4.2; MoNTA, arXiv
+`lower` starts a transfer as soon as its rows are there and waits where they are read. The order of the stages lets the
+backward, which autograd derives the other way round, overlap in the same way. A rank cuts its own rows; which tokens
+are a part plays no role, for experts compute each row by itself. (FasterMoE, PPoPP 2022, section 4.2; MoNTA, arXiv
 2411.00662.)
 
 Needs: dispatched blocks, whose `meta["dispatch"]` says in how many parts; before random ops get their seeds.
