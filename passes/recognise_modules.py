@@ -68,6 +68,18 @@ def _weights(node: Node) -> frozenset[Node]:
     return frozenset(found)
 
 
+def _has_weights(node: Node) -> bool:
+    seen, pending = set(), [node]
+    while pending:
+        n = pending.pop()
+        if n.meta.get("weights_only"):
+            return True
+        if n not in seen and not _enters(n):
+            seen.add(n)
+            pending.extend(n.all_input_nodes)
+    return False
+
+
 def _enters(n: Node) -> bool:
     cut = n.target is operator.getitem and n.args[0].target in CUTS
     return cut or n.target is aten.slice.Tensor or (n.target is aten.select.int and n.args[1] == 0)
@@ -138,13 +150,14 @@ def _sum(gm: GraphModule, ctx, node: Node) -> Node | None:
         n = n.args[0]
     first = n
     terms = [t for t in (first, *terms)]
-    E = 0
-    groups = [_weights(t) for t in terms]
-    while (
-        len(terms) > E and len(groups[-1 - E]) == len(groups[-1]) and groups[-1] and shape(terms[-1 - E]) == shape(node)
-    ):
-        E += 1
-    if E < 2 or len({g for g in groups[-E:]}) != E:
+    groups: list[frozenset[Node]] = []
+    for term in reversed(terms if len(terms) > 1 else []):
+        found = _weights(term) if shape(term) == shape(node) else frozenset()
+        if not found or (groups and len(found) != len(groups[0])):
+            break
+        groups.append(found)
+    E = len(groups)
+    if E < 2 or len(set(groups)) != E:
         return None
     experts, rest = terms[-E:], terms[:-E]
     x = _shared(experts)
@@ -173,7 +186,7 @@ def _sum(gm: GraphModule, ctx, node: Node) -> Node | None:
 
 def _weights_differ(node: Node) -> bool:
     a, b = (node.args + (None, None))[:2]
-    return isinstance(a, Node) and isinstance(b, Node) and bool(_weights(b))
+    return isinstance(a, Node) and isinstance(b, Node) and _has_weights(b)
 
 
 def _independent(n: Node, x: Node) -> bool:
