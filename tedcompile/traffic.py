@@ -1,6 +1,6 @@
 """The collectives of a training step, from the rewritten forward graph: how many, how large, and their formulas.
 
-The backward's collectives follow from the VJPs of `ops.py` (a test compares them with the graph that autograd makes),
+The backward's collectives follow from the VJPs of our ops (a test compares them with the graph that autograd makes),
 and the reduction of gradients from `reduce_gradients`. Letters in formulas: `LETTERS`. A formula is of one call; the
 numbers in it are sizes of the model that have no letter, and bytes of elements that are not of the parameters' dtype.
 """

@@ -78,7 +78,7 @@ def destinations(ranks: sympy.Expr | int) -> sympy.Expr:
 def block(c: Candidate, aux: bool = False) -> tuple[Collective, ...]:
     """The collectives of an MoE block, router to combine, in the order of the forward, then of the backward.
 
-    Backwards follow from the VJPs of `ops.py`: all-to-all to all-to-all, entered all-gather to reduce-scatter and back,
+    Backwards follow from the VJPs of our ops: all-to-all to all-to-all, entered all-gather to reduce-scatter and back,
     slice to all-gather, enter to all-reduce. `aux`: a loss reads the logits of all tokens.
     """
     folded = c.experts == "folded"

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tedcompile import graphs, pipeline
-from tedcompile import ops as ted
 from tedcompile.capture import Captured, capture
 from tedcompile.layouts import Layout
 from tedcompile.mesh import AXES, MeshShape
-from tedcompile.ops import ops
+from tedcompile.ops import groups, ops
 from tedcompile.options import Options
 from tedcompile.pipeline import Context
 
@@ -208,7 +207,7 @@ class Ranks:
         self.mesh, self.alike = mesh, alike
         self.at = [dict(zip(AXES, c)) for c in itertools.product(*(range(mesh[a]) for a in AXES))]
         # local kernels ask for their rank by the axis, which is rewritten to name the rank itself
-        monkeypatch.setattr(ted, "index_in", lambda axis: int(axis))
+        monkeypatch.setattr(groups, "index_in", lambda axis: int(axis))
 
     def groups(self, axis: str) -> list[list[int]]:
         along = {"data": ("dp", "ep"), "ept": ("ep", "tp")}.get(axis, (axis,))

@@ -1,4 +1,4 @@
-"""Triton kernels of the canonical ops, for CUDA; `ops.py` holds each one's reference, which is the CPU path."""
+"""Triton kernels of the canonical ops, for CUDA; `tedcompile.ops` holds each one's reference, which is the CPU path."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ def installed() -> bool:
 
 def register(library: torch.library.Library) -> None:
     """Makes the kernels what CUDA tensors of half and single precision get; the references serve the other dtypes."""
-    from tedcompile import ops
     from tedcompile.kernels import experts
+    from tedcompile.ops import gated, products, tokens
 
     for name, reference, kernel in (
-        ("route", ops.route, experts.route),
-        ("permute", ops.permute, experts.permute),
-        ("gather_sum", ops.gather_sum, experts.gather_sum),
-        ("gather_sum_some", ops.gather_sum_some, experts.gather_sum),
-        ("unpermute", ops.unpermute, experts.unpermute),
-        ("unpermute_some", ops.unpermute_some, experts.unpermute),
-        ("gated_experts", ops.gated_experts, experts.gated_experts),
-        ("gated_vjp", ops.gated_vjp, experts.gated_vjp),
-        ("gated_vjp_x", ops.gated_vjp_x, experts.gated_vjp_x),
-        ("tokens_outer", ops.tokens_outer, experts.tokens_outer),
+        ("route", tokens.route, experts.route),
+        ("permute", tokens.permute, experts.permute),
+        ("gather_sum", tokens.gather_sum, experts.gather_sum),
+        ("gather_sum_some", tokens.gather_sum_some, experts.gather_sum),
+        ("unpermute", tokens.unpermute, experts.unpermute),
+        ("unpermute_some", tokens.unpermute_some, experts.unpermute),
+        ("gated_experts", gated.gated_experts, experts.gated_experts),
+        ("gated_vjp", gated.gated_vjp, experts.gated_vjp),
+        ("gated_vjp_x", gated.gated_vjp_x, experts.gated_vjp_x),
+        ("tokens_outer", gated.tokens_outer, experts.tokens_outer),
     ):
         library.impl(name, _choose(kernel, reference), "CUDA")
     for name, reference, kernel in (
-        ("grouped_mm", ops.grouped_mm, experts.grouped_mm),
-        ("grouped_outer", ops.grouped_outer, experts.grouped_outer),
+        ("grouped_mm", products.grouped_mm, experts.grouped_mm),
+        ("grouped_outer", products.grouped_outer, experts.grouped_outer),
     ):
         library.impl(name, _choose(_where_aten_cannot(kernel, reference), reference), "CUDA")
 
@@ -49,10 +49,10 @@ def _choose(kernel: Callable, reference: Callable) -> Callable:
 
 def _where_aten_cannot(kernel: Callable, reference: Callable) -> Callable:
     """ATen's grouped product takes bf16 with strides of a multiple of 16 bytes; else the reference asks the host."""
-    from tedcompile import ops
+    from tedcompile.ops import products
 
     def call(a, b, counts):
-        takes = ops._grouped(a.contiguous(), b, counts)
+        takes = products.aten_takes(a.contiguous(), b, counts)
         return (reference if takes or a.dtype != b.dtype else kernel)(a, b, counts)
 
     return call

@@ -1,4 +1,4 @@
-"""The experts' ops of `ops.py` from the kernels: the same arguments and results as the references there."""
+"""The experts' ops of `tedcompile.ops` from the kernels: the same arguments and results as the references there."""
 
 from __future__ import annotations
 

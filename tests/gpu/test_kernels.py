@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tedcompile import ops as ted
-from tedcompile.ops import ops
+from tedcompile.ops import gated, ops, tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -71,7 +70,7 @@ def test_only_rows_with_an_expert():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("act", ted.ACTIVATIONS)
+@pytest.mark.parametrize("act", gated.ACTIVATIONS)
 def test_activations(act):
     index, E, inputs = case("plain", "spread", True, torch.bfloat16)
     got = run(index, E, inputs, act)
@@ -84,7 +83,7 @@ def test_activations(act):
 @pytest.mark.parametrize("T, K, E", [(5000, 8, 128), (333, 3, 5), (64, 1, 500)])
 def test_route(routing, T, K, E):
     index = ROUTINGS[routing](T, K, E)
-    for a, b in zip(ops.route(index.cuda(), E), ted.route(index, E), strict=True):
+    for a, b in zip(ops.route(index.cuda(), E), tokens.route(index, E), strict=True):
         assert torch.equal(a.cpu(), b)
 
 

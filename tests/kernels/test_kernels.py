@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tedcompile import ops as ted
-from tedcompile.ops import ops
+from tedcompile.ops import gated, ops, products, tokens
 
 triton = pytest.importorskip("triton")
 
@@ -88,7 +87,7 @@ def test_gated_experts(name, transposed, sizes):
     index, inputs = case(name, transposed, **sizes)
     g = torch.randn_like(inputs[0])
     got = run(experts, index, inputs, "silu", g)
-    want = run(ted, index, [t.detach().double() for t in inputs], "silu", g.double())
+    want = run(gated, index, [t.detach().double() for t in inputs], "silu", g.double())
     for a, b in zip(got, want, strict=True):
         close(a, b)
     for a, b in zip(got[3:], inputs[2:], strict=True):
@@ -100,18 +99,18 @@ def test_only_rows_with_an_expert():
     g = torch.randn_like(inputs[0])
     got, same, want = (
         run(m, index, inputs, "silu", g, route)
-        for m, route in ((experts, ops.route_some), (ted, ops.route_some), (ted, ops.route))
+        for m, route in ((experts, ops.route_some), (gated, ops.route_some), (gated, ops.route))
     )
     for a, b, c in zip(got, same, want, strict=True):
         close(a, c)
         close(b, c)
 
 
-@pytest.mark.parametrize("act", ted.ACTIVATIONS)
+@pytest.mark.parametrize("act", gated.ACTIVATIONS)
 def test_activations(act):
     index, inputs = case("spread", True, T=8)
     g = torch.randn_like(inputs[0])
-    got, want = (run(m, index, inputs, act, g) for m in (experts, ted))
+    got, want = (run(m, index, inputs, act, g) for m in (experts, gated))
     for a, b in zip(got, want, strict=True):
         close(a, b)
 
@@ -124,7 +123,7 @@ def test_configurations(options, monkeypatch):
     monkeypatch.setattr(experts, "choose", lambda *_: config)
     index, inputs = case("spread", True, T=12)
     g = torch.randn_like(inputs[0])
-    got, want = (run(m, index, inputs, "silu", g) for m in (experts, ted))
+    got, want = (run(m, index, inputs, "silu", g) for m in (experts, gated))
     for a, b in zip(got, want, strict=True):
         close(a, b)
 
@@ -134,13 +133,16 @@ def test_grouped_products_and_sums():
     rows, counts, perm, order = ops.permute(x.detach(), index, 4)
     n = int(counts.sum())
     y = experts.grouped_mm(rows, up.detach(), counts)
-    close(y[:n], ted.grouped_mm(rows[:n].double(), up.detach().double(), counts))
+    close(y[:n], products.grouped_mm(rows[:n].double(), up.detach().double(), counts))
     y[n:] = 1
-    close(experts.grouped_outer(rows[:n], y[:n], counts), ted.grouped_outer(rows[:n].double(), y[:n].double(), counts))
-    close(experts.gather_sum(y, perm, order), ted.gather_sum(y, perm, order))
-    close(experts.unpermute(y, perm, order, weights.detach()), ted.unpermute(y, perm, order, weights.detach()))
+    close(
+        experts.grouped_outer(rows[:n], y[:n], counts),
+        products.grouped_outer(rows[:n].double(), y[:n].double(), counts),
+    )
+    close(experts.gather_sum(y, perm, order), tokens.gather_sum(y, perm, order))
+    close(experts.unpermute(y, perm, order, weights.detach()), tokens.unpermute(y, perm, order, weights.detach()))
     some = torch.where(index < 0, -1, perm)
-    close(experts.gather_sum(y, some, order), ted.gather_sum_some(y, some, order))
+    close(experts.gather_sum(y, some, order), tokens.gather_sum_some(y, some, order))
 
 
 def test_rows_gathered_first(monkeypatch):
@@ -148,7 +150,7 @@ def test_rows_gathered_first(monkeypatch):
     monkeypatch.setattr(experts.ops, "grouped_outer", experts.grouped_outer, raising=False)
     index, inputs = case("spread", True, T=8)
     g = torch.randn_like(inputs[0])
-    for a, b in zip(*(run(m, index, inputs, "silu", g) for m in (experts, ted)), strict=True):
+    for a, b in zip(*(run(m, index, inputs, "silu", g) for m in (experts, gated)), strict=True):
         close(a, b)
 
 
