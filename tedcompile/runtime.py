@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 
-from tedcompile import compat, compile, machines, pipeline, zero
+from tedcompile import compat, compile, machines, pipeline, watch, zero
 from tedcompile.capture import bind, capture
 from tedcompile.layouts import Layout
 from tedcompile.mesh import Groups
@@ -172,7 +172,8 @@ class Runtime:
             return
         mark = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
         pair = torch.tensor([mark, -mark])
-        dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=group)
+        with watch.waiting("the ranks' word on the inputs of a call"):
+            dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=group)
         if pair[0] != -pair[1]:
             self.compare("inputs", repr((*key[0], *key[3:])))
 
