@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1# many processes share the cores, and waiting OpenMP threads spin
 
-.PHONY: demo test lint matrix matrix-optimizers families soak test-211 clean
+.PHONY: demo test lint matrix matrix-optimizers families soak bench test-211 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -32,6 +32,14 @@ families: $(VENV)/.installed
 # Ranks of a training run are killed at random moments, and it goes on.
 soak: $(VENV)/.installed
 	$(BIN)/python -m tests.soak $(ARGS)
+
+# On a GPU: kernels, training steps and the optimizer beside their peers, and the README's tables.
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.moe_layer
+	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.optimizer
+	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.readme
 
 # The suite again on the oldest torch that the package allows.
 test-211: .venv211/.installed

@@ -4,10 +4,12 @@
 
 bf16 parameters with fp32 master weights and moments: 28 bytes of traffic a parameter (gradient 2, parameter 2, master
 8, moments 16), so a step cannot be faster than copying as many bytes; the copy is measured in the same run. Cases: the
-same parameters as 30 tensors, as 3,000 and as one; `accuracy`: the master weights after 100 steps beside
-torch.optim.AdamW in fp32; `offload`: states on the host. `ted_6.7b` is by formula: DeepSpeed-TED's spike of up-cast
-gradients (arXiv 2303.06318, section 4) for 6.7e9 base parameters, 16 experts, 32 devices, and the bound of two tiles.
-Writes benchmarks/results/optimizer.json, or --out.
+same parameters as 30 tensors, as 3,000 and as one; `accuracy`: the master weights after 100 steps in fp32, and
+torch.optim.AdamW's, beside those in fp64; `offload`: states on the host. `ted_6.7b` is DeepSpeed-TED's spike of up-cast
+gradients (arXiv 2303.06318, section 4) for 6.7e9 base parameters, 16 experts, 32 devices: by its formula, and measured
+with as many parameters as a device has of the experts.
+Writes benchmarks/results/optimizer.json, or --out, and keeps the rows that it did not measure again; --cases and
+--systems choose some by parts of their names.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import datetime
 import gc
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -26,6 +29,7 @@ import torch
 from tedcompile.optim import TiledAdamW
 
 BYTES = 28
+RESULTS = pathlib.Path(__file__).parent / "results"
 OPTIONS = dict(lr=1e-4, weight_decay=0.01)
 OURS: dict[str, dict] = {
     "tedcompile": dict(check_finite=False),
@@ -34,7 +38,8 @@ OURS: dict[str, dict] = {
     'tedcompile, moments="bf16"': dict(check_finite=False, moments="bf16"),
     'tedcompile, moments="int8"': dict(check_finite=False, moments="int8"),
 }
-UNITS = {"step_ms": "ms", "cpu_ms": "ms", "extra_gib": "GiB", "of_copy": "1", "error": "relative"}
+UNITS = {"step_ms": "ms", "cpu_ms": "ms", "extra_gib": "GiB", "of_copy": "1"}
+UNITS |= {"error": "relative, to torch's foreach", "error_fp64": "relative, to fp64"}
 UNITS |= {"copy_gb_s": "GB/s", "link_gb_s": "GB/s", "of_link": "1", "device_gib": "GiB"}
 
 
@@ -164,21 +169,31 @@ def copy_bandwidth(device: Device, size: int) -> float:
     return 2 * size / device.time(lambda: b.copy_(a))[0]
 
 
-def accuracy(device: Device) -> float:
-    """The master weights' update after 100 steps on bf16 gradients, beside torch's in fp32."""
-    (p,) = tensors(device, 1 << 20, 1)
-    twin = torch.nn.Parameter(p.detach().float())
-    optimizer, theirs = TiledAdamW([p], **OPTIONS), torch.optim.AdamW([twin], **OPTIONS)
-    start = twin.detach().clone()
-    for _ in range(100):
-        p.grad.normal_(0, 1e-3)
-        twin.grad = p.grad.float()
-        optimizer.step()
-        theirs.step()
-    master = optimizer.state_dict()["state"][0]["master"]
-    assert torch.equal(p.detach(), master.bfloat16())
-    assert not torch.equal(master, start)
-    return float((master - twin.detach()).norm() / twin.detach().norm())
+def accuracy(device: Device) -> dict[str, dict[str, float]]:
+    """By system, the master weights after 100 steps on bf16 gradients: relative distances to fp64 and to torch's
+    default, of the weights' norm."""
+
+    def trained(dtype: torch.dtype, make: Callable) -> torch.Tensor:
+        p = torch.nn.Parameter(tensors(device, 1 << 20, 1)[0].detach().to(dtype))
+        optimizer, generator = make(p), torch.Generator(device.name).manual_seed(1)
+        for _ in range(100):
+            g = torch.empty(1 << 20, dtype=torch.bfloat16, device=device.name).normal_(0, 1e-3, generator=generator)
+            p.grad = g.to(dtype)
+            optimizer.step()
+        return optimizer.state_dict()["state"][0]["master"] if dtype == torch.bfloat16 else p.detach()
+
+    made = {"tedcompile": trained(torch.bfloat16, lambda p: TiledAdamW([p], **OPTIONS))}
+    for kind, options in (("foreach", dict(foreach=True)), ("fused", dict(fused=True)), ("loop", dict(foreach=False))):
+        made[f"torch AdamW, {kind}"] = trained(
+            torch.float32, lambda p, o=options: torch.optim.AdamW([p], **OPTIONS, **o)
+        )
+    exact = trained(torch.float64, lambda p: torch.optim.AdamW([p], **OPTIONS))
+
+    def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a.double() - b.double()).norm() / b.double().norm())
+
+    default = made["torch AdamW, foreach"]
+    return {name: {"error": apart(p, default), "error_fp64": apart(p, exact)} for name, p in made.items()}
 
 
 def link_bandwidth(device: Device, size: int = 1 << 30) -> float:
@@ -219,7 +234,11 @@ def main() -> None:
     parser.add_argument("--params", type=float, default=1.5e9)
     parser.add_argument("--offload", type=float, default=4e9, help="parameters of the offload case, 0 for none")
     parser.add_argument("--counts", type=int, nargs="*", default=[30, 3000, 1])
-    parser.add_argument("--out", default=str(pathlib.Path(__file__).parent / "results" / "optimizer.json"))
+    parser.add_argument(
+        "--cases", nargs="*", default=[""], help="parts of names: ted, 30, 3,000, 1 , accuracy, offload"
+    )
+    parser.add_argument("--systems", nargs="*", default=[""], help="parts of names")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(os.environ.get("OUT", RESULTS)))
     args = parser.parse_args()
     device = Device(args.device)
     facts = {
@@ -228,30 +247,44 @@ def main() -> None:
         "clock_mhz": torch.cuda.clock_rate() if device.gpu else 0,
         "date": datetime.date.today().isoformat(),
     }
-    rows: list[dict] = []
+    file = args.out / "optimizer.json"
+    rows: list[dict] = json.loads(file.read_text()) if file.exists() else []
 
     def record(case: str, system: str, **found: float) -> None:
-        print(case, system, {k: round(v, 4) for k, v in found.items()}, flush=True)
-        rows.extend(
+        nonlocal rows
+        print(case, system, {k: float(f"{v:.4g}") for k, v in found.items()}, flush=True)
+        rows = [row for row in rows if (row["case"], row["system"]) != (case, system)]
+        rows += [
             {"benchmark": "optimizer", "case": case, "system": system, "metric": metric, "value": value,
              "unit": UNITS[metric], **facts}
             for metric, value in found.items()
-        )  # fmt: skip
-        pathlib.Path(args.out).write_text(json.dumps(rows, indent=1) + "\n")
+        ]  # fmt: skip
+        file.write_text(json.dumps(rows, indent=1) + "\n")
 
-    record("ted_6.7b", "up-cast at once (formula)", extra_gib=4 * 16 * 6.7e9 / (3 * 32) / 2**30)
-    record("ted_6.7b", "tedcompile (two tiles)", extra_gib=2 * 64 / 1024)
-    total = int(args.params)
+    def wanted(case: str, system: str = "") -> bool:
+        return any(c in case for c in args.cases) and (not system or any(s in system for s in args.systems))
+
+    total, spike = int(args.params), int(16 * 6.7e9 / (3 * 32))
     copy = copy_bandwidth(device, min(2 * total, 1 << 32))
     record("copy", "copy", copy_gb_s=copy / 1e9)
+    if wanted("ted_6.7b"):
+        record("ted_6.7b", "up-cast at once (formula)", extra_gib=4 * spike / 2**30)
+        for name in ("torch AdamW, fused, with casts", "tedcompile"):
+            if wanted("ted_6.7b", name):
+                record("ted_6.7b", name, **measure(device, SYSTEMS[name], spike if device.gpu else total, 8, copy))
+                gc.collect()
     for count in args.counts:
         for name, make in SYSTEMS.items():
             if count != args.counts[0] and ("master" in name or "moments" in name):
                 continue
-            record(f"{count:,} tensors", name, **measure(device, make, total, count, copy))
-            gc.collect()
-    record("accuracy", "tedcompile", error=accuracy(device))
-    if args.offload:
+            case = f"{count:,} tensors"
+            if wanted(case, name):
+                record(case, name, **measure(device, make, total, count, copy))
+                gc.collect()
+    if wanted("accuracy"):
+        for name, found in accuracy(device).items():
+            record("accuracy", name, **found)
+    if args.offload and wanted("offload"):
         record("offload", "tedcompile", **offload(device, int(args.offload)))
 
 

@@ -42,6 +42,21 @@ def steps(name: str, columns: dict[str, str] = NAMES, layers: bool = False) -> s
     return tabulate(lines, ["model", "system", *map(columns.get, metrics)], tablefmt="github", disable_numparse=True)
 
 
+def moe_layer() -> str:
+    rows: dict[str, dict[tuple[str, str], float]] = {}
+    for entry in json.loads((HERE / "results" / "moe_layer.json").read_text()):
+        rows.setdefault(entry["case"], {})[entry["system"], entry["metric"]] = entry["value"]
+    names = list(dict.fromkeys(system for found in rows.values() for system, _ in found))
+    saved = [n for n in names if any((n, "saved") in found for found in rows.values())]
+    lines = [
+        [*case.split(), *(_show(found.get((n, "throughput"))) for n in names)]
+        + [_show(found.get((n, "saved"))) for n in saved]
+        for case, found in rows.items()
+    ]
+    headers = ["layer", "tokens", "routing", *names, *(f"kept, GiB: {n}" for n in saved)]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
 # column of the optimizer's table -> metric and format
 STEP = {"step, ms": ("step_ms", "{:.1f}"), "of copy bandwidth": ("of_copy", "{:.0%}"),
         "extra memory, GiB": ("extra_gib", "{:.2f}"), "CPU time, ms": ("cpu_ms", "{:.1f}")}  # fmt: skip
@@ -105,6 +120,7 @@ def main() -> None:
         for name in ("train_step", "mesh_runs", "communication", "slow_link", "compile_time")
     }
     tables["optimizer"] = optimizer
+    tables["moe_layer"] = moe_layer
     tables["mesh_runs_options"] = functools.partial(steps, "mesh_runs", OPTIONS, layers=True)
     tables |= {f"paper_{part}": functools.partial(paper, part) for part in PAPER}
     for name, table in tables.items():

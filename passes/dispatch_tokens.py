@@ -42,7 +42,7 @@ def run(gm: GraphModule, ctx) -> None:
 class _Tokens:
     def __init__(self, gm: GraphModule, block: Block, mesh, dispatch):
         self.graph, self.block, self.mesh = gm.graph, block, mesh
-        self.axis, self.size, self.kind = dispatch.axis, mesh[dispatch.axis], dispatch.kind
+        self.dispatch, self.axis, self.size, self.kind = dispatch, dispatch.axis, mesh[dispatch.axis], dispatch.kind
         self.here = block.experts // self.size  # experts of one rank
         self.rows, self.counts = block.outputs[0], block.outputs[1]
         (self.leave,) = block.leaves
@@ -66,7 +66,8 @@ class _Tokens:
     def rewrite(self) -> None:
         x, index, _ = self.block.permute.args
         weights = self.leave.args[3]
-        last = max((x, index, weights), key={n: i for i, n in enumerate(self.graph.nodes)}.__getitem__)
+        self.tokens_of = (x, index, weights)
+        last = max(self.tokens_of, key={n: i for i, n in enumerate(self.graph.nodes)}.__getitem__)
         with graphs.after(self.graph, last):
             come, go = (self.gather, self.scatter) if self.kind == "all_gather" else (self.send, self.send_back)
             x, index, weights = come(x, index, weights)
@@ -96,6 +97,7 @@ class _Tokens:
             val = self.sized(self.leave, shape(x)[0])
             part = self.add(ops.unpermute_some.default, (y, perm, order, weights), layout, val, self.leave)
             out = go(part)
+        out.meta |= {"dispatch": self.dispatch, "tokens": self.tokens_of}
         self.leave.replace_all_uses_with(out)
         self.graph.erase_node(self.leave)
         place(self.block, self.mesh)

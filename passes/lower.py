@@ -32,6 +32,7 @@ def run(gm: GraphModule, names: dict[str, str]) -> None:
                 new = LOWERED[node.target](gm, node)
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
+    _overlap(gm)
     _wait_late(gm)
     _start_early(gm)
     gm.graph.lint()
@@ -113,6 +114,48 @@ LOWERED = {
     ops.gather_enter.default: _gather,
     ops.reduce_scatter.default: _reduce_scatter,
 }
+
+
+PRODUCTS = {
+    aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.linear.default,
+    ops.grouped_mm.default, ops.grouped_outer.default, ops.tokens_outer.default, ops.gated_experts.default,
+    ops.gated_vjp.default, ops.gated_vjp_x.default,
+}  # fmt: skip
+
+
+def _meta(node: Node) -> dict:
+    """What holds for an op with other arguments that gives the same."""
+    return {k: v for k, v in node.meta.items() if k not in ("eager_input_vals", "arg_kwarg_vals")}
+
+
+def _overlap(gm: GraphModule) -> None:
+    """An all-to-all starts when its rows are there and is waited for where they are read, if a product is between."""
+    graph, order = gm.graph, {n: float(i) for i, n in enumerate(gm.graph.nodes)}
+    first = next((n for n in graph.nodes if n.op != "placeholder"), None)
+    for node in list(graph.nodes):
+        if node.target not in (ops.all_to_all.default, ops.all_to_all_like.default):
+            continue
+        readers = [u for u in node.users if u.target is not ops.regroup.default]  # it reads the number of rows
+        if not readers:
+            continue
+        ready, reader = max(node.all_input_nodes, key=order.__getitem__), min(readers, key=order.__getitem__)
+        if not any(n.target in PRODUCTS and order[ready] < order[n] < order[reader] for n in graph.nodes):
+            continue
+        x, splits, *like, axis = node.args
+        with graph.inserting_before(first) if ready.op == "placeholder" else graph.inserting_after(ready):
+            out = graph.call_function(ops.start_all_to_all.default, (x, splits, *(like or [None]), axis))
+        out.meta, order[out] = _meta(node), order[ready]
+        taken = reader.target is ops.take.default and reader.args[0] is node and len(readers) == 1
+        with graph.inserting_before(reader):
+            there = graph.call_function(ops.arrive.default, (out, x, reader.args[1] if taken else None))
+        old = reader if taken else node
+        there.meta = {k: v for k, v in _meta(old).items() if k != "unbacked_bindings"}
+        order[there] = order[reader] - (not taken) / 2
+        for user in set(node.users) - set(readers):
+            user.replace_input_with(node, out)
+        old.replace_all_uses_with(there)
+        for n in (old, node) if taken else (node,):
+            graph.erase_node(n)
 
 
 AHEAD = 64 << 20  # bytes of gathered parameters that are on their way at once

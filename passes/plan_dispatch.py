@@ -17,9 +17,7 @@ from tedcompile import cost
 from tedcompile.blocks import Block, refusal
 from tedcompile.layouts import Dispatch, shape
 from tedcompile.ops import ops
-from tedcompile.passes import drop_duplicates
-
-LATER = {"chunks": 1}  # what the cost model weighs and no pass does yet
+from tedcompile.passes import chunk_tokens, drop_duplicates
 
 
 def run(gm: GraphModule, ctx) -> None:
@@ -40,7 +38,9 @@ def run(gm: GraphModule, ctx) -> None:
 def _plan(ctx, block: Block) -> Dispatch | None:
     mesh, off = ctx.shape, ctx.options.off
     drop = mesh.tp > 1 and "drop_duplicates" not in off
-    plan = {**ctx.options.plan, **LATER}
+    plan = dict(ctx.options.plan)
+    if "chunk_tokens" in off or not chunk_tokens.cuttable(block):
+        plan["chunks"] = "1"
     decided = _decided(ctx, block)
     if decided:
         plan["experts"] = decided
@@ -73,7 +73,7 @@ def _plan(ctx, block: Block) -> Dispatch | None:
                 "routed by other values than those that the experts get; leave drop_point out"
             )
         point = ""
-    return Dispatch(best.experts, best.dispatch, best.drop, point)
+    return Dispatch(best.experts, best.dispatch, best.drop, point, best.chunks)
 
 
 def _gate_splits(block: Block, tp: int) -> bool:

@@ -106,9 +106,11 @@ def inductor_kernel(
     """A function of tensors, compiled by Inductor for any number of rows, without guards: run([tensors]) -> results.
 
     `arguments` are (dtype, *sizes); 2-D ones share a number of rows, which is a hint. What the function does last to
-    its arguments, by `copy_`, is done in place.
+    its arguments, by `copy_`, is done in place. Each operation rounds, as torch's own kernels do: Triton would contract
+    a * b + c to one rounding.
     """
     from torch._dynamo.source import ConstantSource
+    from torch._inductor import config
 
     shapes = ShapeEnv()
     source, hint = ConstantSource("rows"), max((a[1] for a in arguments if len(a) == 3), default=2)
@@ -119,7 +121,12 @@ def inductor_kernel(
         sizes = [(rows, a[2]) if len(a) == 3 else a[1:] for a in arguments]
         fakes = [torch.empty(s, dtype=a[0], device=device) for s, a in zip(sizes, arguments, strict=True)]
         graph = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
-    return compile_fx_inner(graph, fakes, is_inference=True)
+    with config.patch(emulate_precision_casts=True):
+        run = compile_fx_inner(graph, fakes, is_inference=True)
+    if device.type == "cuda":  # configurations are chosen in the first call, on copies of the arguments: of small ones
+        sizes = [(1 << 13, a[2]) if len(a) == 3 else a[1:] for a in arguments]
+        run([torch.zeros(s, dtype=a[0], device=device) for s, a in zip(sizes, arguments, strict=True)])
+    return run
 
 
 def partition(joint: GraphModule, inputs: Any, **options: Any) -> tuple[GraphModule, GraphModule]:

@@ -133,7 +133,7 @@ def candidates(
         for dispatch in dispatches:
             for drop in drops:
                 points = CHOICES["drop_point"] if drop else ("after_gate",)
-                parts = CHOICES["chunks"] if drop and experts == "tensor" else (1,)
+                parts = CHOICES["chunks"] if travels else (1,)
                 found += [
                     Candidate(experts, dispatch, drop, point, chunks)
                     for point in points
@@ -199,9 +199,12 @@ def predict(block: Block, c: Candidate, mesh: MeshShape, machine: Machine) -> Pr
         terms["copy"] = copy
         terms["latency"] += times * KERNELS * machine.launch
         if c.chunks > 1:
-            hidden, more = _pipelined(c.chunks, costs, mesh, machine)
+            part = machine.product(flops / c.chunks, rows / c.chunks, width, block.bytes, weights)
+            terms["gemm"] = times * c.chunks * part
+            terms["copy"] += (times - 1) * (c.chunks - 1) * 3 * weights / machine.copy  # their gradients are added up
+            hidden, more = _pipelined(c, costs, mesh, machine, terms["gemm"])
             terms["hidden"] -= hidden
-            terms["latency"] += more
+            terms["latency"] += more + (c.chunks - 1) * times * KERNELS * machine.launch
         phases[phase] = terms
     kept = number(volumes.saved(c, block.matrices))
     fits = weights + kept <= machine.memory
@@ -209,25 +212,26 @@ def predict(block: Block, c: Candidate, mesh: MeshShape, machine: Machine) -> Pr
 
 
 def _pipelined(
-    chunks: int, costs: list[tuple[Collective, float, float]], mesh: MeshShape, machine: Machine
+    c: Candidate, costs: list[tuple[Collective, float, float]], mesh: MeshShape, machine: Machine, gemm: float
 ) -> tuple[float, float]:
-    """(transfer seconds hidden, seconds of further starts) of a phase whose dispatch and tp collectives are chunked.
+    """(transfer seconds hidden, seconds of further starts) of a phase that is cut in chunks.
 
-    Two neighbouring collectives, cut in n parts, overlap in all but the first part of the one and the last of the
-    other, if they run on different links (MoNTA: all-to-all between, all-gather inside nodes).
+    While one part travels between the experts' ranks another is computed (FasterMoE, PPoPP 2022, section 4.2) or, over
+    other links, gathered or summed over tp (MoNTA: all-to-all between, all-gather inside nodes). All overlaps but the
+    first part's way there and the last one's back.
     """
-    far, near = (place(axis, mesh, machine) for axis in ("ep", "tp"))
+    axis = "ept" if c.experts == "folded" else "ep"
+    far, near = (place(name, mesh, machine) for name in (axis, "tp"))
     apart = far.inside < far.size and near.inside == near.size
-    payload = [cost for cost in costs if cost[0].role == "payload"]
-    hidden = more = 0.0
-    # dispatch with gather before the experts, reduce-scatter with dispatch after them; the rest is not chunked
-    for i, j in ((0, 1), (2, 3)):
-        pair = payload[i], payload[j]
-        assert {c.axis for c, _, _ in pair} == {"ep", "tp"}
-        more += (chunks - 1) * sum(start + machine.launch for _, start, _ in pair)
-        if apart:
-            hidden += (chunks - 1) / chunks * min(transfer for _, _, transfer in pair)
-    return hidden, more
+    inner = [
+        cost
+        for cost in costs
+        if cost[0].axis == axis or (cost[0].kind != "all_reduce" and cost[0].why.endswith("the split experts"))
+    ]
+    more = sum(start + machine.launch for _, start, _ in inner)
+    travels = sum(transfer for collective, _, transfer in inner if collective.axis == axis)
+    under = gemm + sum(transfer for collective, _, transfer in inner if collective.axis == "tp" and apart)
+    return (c.chunks - 1) / c.chunks * min(travels, under), (c.chunks - 1) * more
 
 
 @cache

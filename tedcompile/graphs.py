@@ -17,7 +17,8 @@ from tedcompile.ops import ops
 # ted op -> the kind of collective that a reader knows
 KINDS = {
     "all_reduce": "all_reduce", "all_max": "all_reduce", "gather": "all_gather", "exchange_counts": "all_to_all",
-    "all_to_all": "all_to_all", "all_to_all_like": "all_to_all", "gather_enter": "all_gather",
+    "all_to_all": "all_to_all", "all_to_all_like": "all_to_all", "start_all_to_all": "all_to_all",
+    "gather_enter": "all_gather",
     "reduce_scatter": "reduce_scatter", "gather_rows": "all_gather", "gather_rows_like": "all_gather",
     "scatter_rows": "reduce_scatter", "own_experts": "all_to_all", "part_of_experts": "all_to_all",
 }  # fmt: skip

@@ -83,12 +83,14 @@ class Dispatch:
     kind: what travels over ep. all_to_all: T*K rows. dedup: a token once to each rank that holds any of its experts.
     all_gather: all tokens to all ranks, and partial sums back by reduce-scatter.
     point: where tokens that all tp ranks hold are dropped: before_gate, after_gate, or empty, where bytes decide.
+    chunks: parts of the tokens, of which one travels while another is computed.
     """
 
     experts: str = "tensor"
     kind: str = "all_to_all"
     drop: bool = False
     point: str = ""
+    chunks: int = 1
 
     @property
     def axis(self) -> str:
@@ -189,6 +191,7 @@ OWN_ROWS = {
     ops.all_to_all.default, ops.all_to_all_like.default, ops.gather_rows.default, ops.scatter_rows.default,
     ops.gather.default, ops.gather_enter.default, ops.reduce_scatter.default, ops.select.default,
     ops.unpermute_some.default, ops.gather_sum_some.default, ops.spread.default, ops.localize.default,
+    ops.portions.default, ops.join.default,
 }  # fmt: skip
 
 
@@ -1044,6 +1047,19 @@ def _rows(c: Call) -> Layout:
 @rule(ops.regroup.default)
 def _regroup(c: Call) -> Any:
     return (D, D) if c.layout(c.node.args[0]) == D else (R, R)
+
+
+@rule(ops.portions.default)
+def _portions(c: Call) -> Any:
+    return (c.layout(c.node.args[0]),) * c.node.args[1]  # of its own rows, where they are split
+
+
+@rule(ops.join.default)
+def _join(c: Call) -> Layout:
+    first, *others = map(c.layout, c.node.args[0])
+    if any(other != first for other in others):
+        raise NoRule("parts that are laid out otherwise than each other")
+    return first
 
 
 @rule(ops.own_experts.default)

@@ -236,6 +236,32 @@ def rank(like, axis):
     return torch.full((), index_in(axis), dtype=torch.int64, device=like.device)
 
 
+@define(
+    "portions(Tensor x, int n) -> Tensor[]",
+    None,
+    (
+        lambda ctx, inputs, output: None,
+        lambda ctx, grads: (ops.join(grads), None),
+    ),
+)
+def portions(x, n):
+    """x (T, ...) -> n parts of its rows, in order and as equal as they can be. Of a split x each rank's own rows."""
+    return [part.clone() for part in x.tensor_split(n)]
+
+
+@define(
+    "join(Tensor[] parts) -> Tensor",
+    None,
+    (
+        lambda ctx, inputs, output: setattr(ctx, "n", len(inputs[0])),
+        lambda ctx, g: ops.portions(g, ctx.n),
+    ),
+)
+def join(parts):
+    """The inverse of `portions`."""
+    return torch.cat(parts)
+
+
 # ---- tokens over experts --------------------------------------------------------------------------------------------
 
 
@@ -700,6 +726,36 @@ def all_to_all_like(x, splits, like, axis):
     out, got = x.new_empty(like.shape[0], *x.shape[1:]), sum(from_)
     _exchange(x[: sum(to)], out[:got], to, from_, axis)
     out[got:] = 0
+    return out
+
+
+@define("arrive(Tensor out, Tensor x, Tensor? order) -> Tensor", lambda out, x, order: (
+    torch.empty_like(out) if order is None else out.new_empty((order.shape[0], *out.shape[1:]))
+))  # fmt: skip
+def arrive(out, x, order):
+    """What `start_all_to_all` has sent, out[order] where an order is given; its operand x lives until here."""
+    for work in _on_their_way.pop(out.data_ptr(), ()):
+        work.wait()
+    return out.clone() if order is None else out[order]
+
+
+_on_their_way: dict[int, list] = {}  # by the address of what is received
+
+
+@define(
+    "start_all_to_all(Tensor x, Tensor splits, Tensor? like, str axis) -> Tensor",
+    lambda x, splits, like, axis: x.new_empty(
+        (torch.library.get_ctx().new_dynamic_size() if like is None else like.shape[0], *x.shape[1:])
+    ),
+)
+def start_all_to_all(x, splits, like, axis):
+    """`all_to_all`, or `all_to_all_like` where `like` is given, that is waited for by `arrive`."""
+    to, from_ = splits.tolist()
+    got = sum(from_)
+    out = x.new_empty(got if like is None else like.shape[0], *x.shape[1:])
+    work = dist.all_to_all_single(out[:got], x[: sum(to)].contiguous(), from_, to, group=group_of(axis), async_op=True)
+    out[got:] = 0
+    _on_their_way.setdefault(out.data_ptr(), []).append(work)
     return out
 
 

@@ -12,13 +12,16 @@ from tedcompile import machines
 from tedcompile.zero import STAGES
 
 # optimisations by the name of their pass; the other passes are what makes the program right
-OPTIONAL = ("drop_duplicates", "simplify_collectives", "save_collectives", "fuse_experts", "cut_layers")
+OPTIONAL = (
+    "drop_duplicates", "simplify_collectives", "chunk_tokens", "save_collectives", "fuse_experts", "cut_layers",
+)  # fmt: skip
 # choices that the cost model makes, and the values that may be forced
 PLANS: dict[str, tuple[str, ...]] = {
     "dispatch": ("all_to_all", "dedup", "all_gather"),
     "experts": ("tensor", "folded"),
     "drop": ("yes", "no"),
     "drop_point": ("before_gate", "after_gate"),
+    "chunks": ("1", "2", "4", "8"),
 }
 CHECKPOINTS = ("none", "full", "selective")
 

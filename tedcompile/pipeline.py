@@ -20,6 +20,7 @@ from tedcompile.options import Options
 from tedcompile.passes import (
     causal_mask,
     check,
+    chunk_tokens,
     dispatch_tokens,
     drop_duplicates,
     functionalise,
@@ -53,6 +54,7 @@ FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("simplify_collectives", simplify_collectives.run),
     ("dispatch_tokens", dispatch_tokens.run),
     ("shard_experts", shard_experts.run),
+    ("chunk_tokens", chunk_tokens.run),
     ("separate_experts", separate_experts.run),
     ("randomness", randomness.run),
 ]

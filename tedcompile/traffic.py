@@ -360,7 +360,9 @@ class _Letters:
                 once = n.args[1].target is ops.destinations.default
                 gathered = gathered or not once and "U" not in known
                 if once:
-                    known.setdefault("U", value[0].shape[0])
+                    known.setdefault("U", value[0].shape[0] * known.get("C", 1))
+            elif n.target is ops.portions.default:
+                known.setdefault("C", n.args[1])
         layer_names = {layer_of(module_path(n)) for n in gm.graph.nodes if n.op == "call_function"} - {""}
         known["layers"] = len(layer_names)
         if "B" in known:
@@ -376,6 +378,8 @@ class _Letters:
             rows = [(self.letters["T"] * self.letters["K"], known["T"] * known["K"])] if "K" in known else []
             self.tokens += everywhere + rows if gathered else rows + everywhere
             self.tokens += pick("U")
+            if "C" in known:  # of a part of the tokens
+                self.tokens += [(letter / self.letters["C"], -(-size // known["C"])) for letter, size in self.tokens]
         self.counts = [*pick("E"), (ep, mesh.ep), (ep * tp, mesh["ept"])]
         self.experts = pick("E")
         self.sizes = pick("H", "I")

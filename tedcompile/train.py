@@ -364,8 +364,7 @@ class Run:
                 loads.append(metrics.expert_load(output.router_logits, self.model.config.num_experts_per_tok))
         self.load = sum(loads) if loads else None
         with watch.waiting("the losses of a step"):  # a GPU comes to its collectives later than the host
-            found = torch.stack([torch.stack(x).float().mean() if x else torch.zeros(()) for x in (losses, auxes)])
-            found = found.tolist()
+            found = [torch.stack(x).float().mean().item() if x else 0.0 for x in (losses, auxes)]
         rows = self._gather([*found, self.data_rank])
         for rank, (loss, aux, number) in enumerate(rows.tolist()):
             if not torch.isfinite(torch.tensor([loss, aux])).all():

@@ -113,14 +113,15 @@ def test_dropping_before_the_gate_pays_where_the_gate_is_dear():
     assert (few.drop_point, many.drop_point) == ("after_gate", "before_gate")
 
 
-def test_chunks_pay_between_two_links_only():
-    """MoNTA's question: all-to-all between nodes under all-gather inside them, while parts outweigh their starts."""
+def test_chunks_pay_where_there_is_much_to_hide():
+    """Transfers under the experts' products, and under gathers over other links, while parts outweigh their starts."""
     plan = {"experts": "tensor", "dispatch": "all_to_all"}
     within, across = MeshShape(1, 2, 4), MeshShape(1, 2, 8)
-    assert choose(MIXTRAL, within, H200, plan).best.candidate.chunks == 1
+    hidden = [predict(MIXTRAL, Candidate(drop=True, chunks=2), mesh, H200).term("hidden") for mesh in (within, across)]
+    assert hidden[1] < 2 * hidden[0] < 0
     assert choose(MIXTRAL, across, H200, plan).best.candidate.chunks > 1
     few = Block(T=128, K=2, H=4096, I=14336, E=8)
-    assert choose(few, across, H200, plan).best.candidate.chunks == 1
+    assert all(choose(few, mesh, H200, plan).best.candidate.chunks == 1 for mesh in (within, across))
     p = predict(MIXTRAL, Candidate(drop=True, chunks=4), across, H200)
     whole = predict(MIXTRAL, Candidate(drop=True), across, H200)
     assert p.term("hidden") < 0 and p.term("all_to_all") == whole.term("all_to_all")

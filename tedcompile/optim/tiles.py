@@ -7,8 +7,9 @@ Storage of an fp32 value, as arrays with one row a block:
     fp32    itself
     bf16    its upper 16 bits, rounded up or down by chance in proportion (a decay of 0.1 % a step is below bf16's
             spacing and would be rounded away every time)
-    int8    codes and one fp32 scale a block: signed values linearly, positive ones logarithmically, both rounded by
-            chance (block-wise: Dettmers et al., arXiv 2110.02861)
+    int8    codes and one fp32 scale a block: signed values linearly; positive ones, as parts of the block's largest, as
+            floats of 5 bits of exponent and 3 of mantissa; both rounded by chance (block-wise: Dettmers et al., arXiv
+            2110.02861)
     split   of a master weight, the 16 bits that its bf16 parameter lacks: exact
 The chance is a hash of position, step and gradient: the same on all ranks that hold the same values.
 """
@@ -16,7 +17,7 @@ The chance is a hash of position, step and gradient: the same on all ranks that 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,19 +28,19 @@ from tedcompile.optim.rules import Rule
 
 BLOCK = 256
 LAUNCH = 2**31 // BLOCK - 64  # rows: 32-bit indices, also of the last, partly filled program
-OCTAVE = 8  # codes an octave of a positive int8 state; 256 codes reach 2**-32 of the block's largest value
+ONE = (127 << 3) - 255  # code 255 of a positive int8 state is 1.0, the block's largest value; code 0 is 2**-32 of it
 
 
 @dataclass(frozen=True)
 class Storage:
     arrays: tuple[tuple[torch.dtype, int], ...]  # dtype and columns of each array
     decode: Callable[..., Tensor]  # of the arrays
-    encode: Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # value, chance in [0, 1)
+    encode: Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # value, 16 random bits in int32
     exact: Callable[[Tensor, tuple], tuple[Tensor, ...]] = lambda x, found: found  # mends what encode made of a decoded
 
     def restore(self, x: Tensor) -> tuple[Tensor, ...]:
         """The arrays of which `decode` gives x, bit by bit where there are some, else those of the nearest value."""
-        return self.exact(x, self.encode(x, torch.full_like(x, 0.5)))
+        return self.exact(x, self.encode(x, torch.full_like(x, 1 << 15, dtype=torch.int32)))
 
     @property
     def row_bytes(self) -> int:
@@ -47,17 +48,17 @@ class Storage:
 
 
 def _plain(dtype: torch.dtype, columns: int = BLOCK) -> Storage:
-    return Storage(((dtype, columns),), lambda x: x, lambda x, chance: (x,))
+    return Storage(((dtype, columns),), lambda x: x, lambda x, bits: (x,))
 
 
-def _encode_bf16(x: Tensor, chance: Tensor) -> tuple[Tensor]:
-    bits = x.view(torch.int32) + (chance * 65536).to(torch.int32)
-    return ((bits & -65536).view(torch.float32).to(torch.bfloat16),)
+def _encode_bf16(x: Tensor, bits: Tensor) -> tuple[Tensor]:
+    return (((x.view(torch.int32) + bits) & -65536).view(torch.float32).to(torch.bfloat16),)
 
 
-def _encode_signed(x: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
+def _encode_signed(x: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.abs().amax(-1, keepdim=True) / 127
-    return (x / scale.clamp(min=1e-38) + chance).floor().clamp(-127, 127).to(torch.int8), scale
+    code = (x * (1 / scale.clamp(min=1e-38)) + bits * 2.0**-16).floor()
+    return code.clamp(-127, 127).to(torch.int8), scale
 
 
 def _exact_signed(x: Tensor, found: tuple) -> tuple[Tensor, Tensor]:
@@ -75,15 +76,14 @@ def _exact_signed(x: Tensor, found: tuple) -> tuple[Tensor, Tensor]:
 
 
 def _decode_positive(code: Tensor, top: Tensor) -> Tensor:
-    return top * ((code.to(torch.float32) - 255) / OCTAVE).exp2()
+    return top * ((code.to(torch.int32) + ONE) << 20).view(torch.float32)
 
 
-def _encode_positive(x: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
+def _encode_positive(x: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     top = x.amax(-1, keepdim=True)
-    part = x / top.clamp(min=1e-38)
-    low = (255 + OCTAVE * part.clamp(min=1e-30).log2()).floor().clamp(0, 255)
-    over = part / ((low - 255) / OCTAVE).exp2() - 1  # 0 at `low`, 2**(1/OCTAVE) - 1 at the next code
-    return (low + (chance * (2 ** (1 / OCTAVE) - 1) < over)).clamp(0, 255).to(torch.uint8), top
+    part = (x * ((1 + 2**-20) / top.clamp(min=1e-38))).clamp(max=1)  # of the largest, whatever the division, 1
+    code = ((part.view(torch.int32) + (bits << 4)) >> 20) - ONE
+    return code.clamp(0, 255).to(torch.uint8), top
 
 
 STORAGES: dict[tuple[str, str], Storage] = {
@@ -138,13 +138,16 @@ def part(value: Tensor, dtype: torch.dtype, kept: Sequence[torch.dtype]) -> tupl
     return upper.to(torch.int16).view(dtype), (bits - (upper << 16)).to(torch.int16)
 
 
-def chance(like: Tensor, g: Tensor, step: Tensor, salt: int) -> Tensor:
-    """Uniform in [0, 1), (rows, 256): a hash of position, step, gradient and salt."""
-    position = torch.arange(like.shape[0] * BLOCK, device=like.device).view(-1, BLOCK)
-    x = (g.to(torch.float32).view(torch.int32).to(torch.int64) ^ position) + step.to(torch.int64) * 0x45EBCA6B + salt
-    for factor in (0x7FEB352D, 0x46CA68B5):
-        x = ((x ^ (x >> 15)) & 0x7FFFFFFF) * factor
-    return ((x >> 16) & 0xFFFFFF).to(torch.float32) / 2**24
+def chances(g: Tensor, step: Tensor) -> Iterator[Tensor]:
+    """Random numbers of 16 bits, int32 (rows, 256), for one state after another: a hash of position, step, gradient."""
+    position = torch.arange(g.shape[0] * BLOCK, dtype=torch.int32, device=g.device).view(-1, BLOCK)
+    x = (g.to(torch.float32).view(torch.int32) ^ position) + step.to(torch.int32) * 0x45EBCA6B
+    while True:
+        for factor in (0x7FEB352D, 0x46CA68B5):
+            x = (x ^ (x >> 15 & 0x1FFFF)) * factor
+        x = x ^ (x >> 16 & 0xFFFF)
+        yield x & 0xFFFF
+        yield x >> 16 & 0xFFFF
 
 
 def numbers(names: Sequence[str], scalars: Tensor) -> dict[str, Tensor]:
@@ -172,10 +175,10 @@ def update_kernel(
             (param, *arrays), part(torch.where(finite, new_p, p), dtype, [d for d, _ in kept]), strict=False
         ):
             target.copy_(value)
-        for salt, (name, stored) in enumerate(states.items()):
-            lossy = stored.arrays[0][0].itemsize < 4
-            draw = chance(p, g, h["step"], salt * 0x2C1B3C6D) if lossy else p
-            for target, value in zip(old[name], stored.encode(new[name], draw), strict=True):
+        random = chances(g, h["step"])
+        for name, stored in states.items():
+            bits = next(random) if stored.arrays[0][0].itemsize < 4 else p
+            for target, value in zip(old[name], stored.encode(new[name], bits), strict=True):
                 target.copy_(torch.where(finite, value, target))
         return ()
 

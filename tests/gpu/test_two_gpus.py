@@ -23,6 +23,11 @@ def test_parity(pool, model, mesh):
     assert result["ok"], result["message"]
 
 
+def test_parity_in_chunks(pool):
+    (result,) = pool.run([Case("qwen3_moe", (1, 2, 1), backend="eager", options="chunks_no_drop", device="cuda")])
+    assert result["ok"], result["message"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 2), (1, 2, 1)], ids=["tp", "ep"])
 def test_parity_compiled(pool, mesh):

@@ -61,6 +61,9 @@ OPTIONS: dict[str, dict] = {
     ),
     "selective": dict(checkpoint="selective", memory_budget=0.5),
     "all_gather_no_drop": dict(plan=dict(dispatch="all_gather"), off=["drop_duplicates"]),
+    "chunks": dict(plan=dict(experts="tensor", dispatch="all_to_all", drop="yes", chunks="2")),
+    "chunks_no_drop": dict(plan=dict(dispatch="dedup", chunks="2"), off=["drop_duplicates"]),
+    "chunks_folded_full": dict(plan=dict(experts="folded", dispatch="dedup", chunks="4"), checkpoint="full"),
 }
 
 
