@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,8 +62,16 @@ class ParallelModule:
 
     _ted: Runtime
 
-    def forward(self, *args, **kwargs):
+
+def parallel_class(cls: type) -> type:
+    """The class of a module that `parallelize` returns; its forward has the signature that trainers look at."""
+
+    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
+    def forward(self: ParallelModule, *args: Any, **kwargs: Any) -> Any:
         return self._ted(self, args, kwargs)
+
+    facts = {"__module__": cls.__module__, "forward": forward}
+    return type(f"Parallel{cls.__name__}", (ParallelModule, cls), facts)
 
 
 @contextlib.contextmanager
