@@ -23,7 +23,7 @@ from tedcompile.layouts import Layout
 from tedcompile.lazy import cut, part, read_part
 from tedcompile.mesh import Groups, shape_of
 from tedcompile.options import Options
-from tedcompile.runtime import ParallelModule, Runtime
+from tedcompile.runtime import ParallelModule, Runtime, parallel_class
 
 log = logging.getLogger("tedcompile")
 
@@ -105,8 +105,7 @@ def parallelize(
         for what, reason in dict.fromkeys((re.sub(r"\d+", "*", pipeline.where(n)), r) for n, r in ctx.replicated):
             log.info("%s stays whole: %s", what, reason)
     _place(model, runtime, source)
-    cls = type(model)
-    model.__class__ = type(f"Parallel{cls.__name__}", (ParallelModule, cls), {"__module__": cls.__module__})
+    model.__class__ = parallel_class(type(model))
     object.__setattr__(model, "_ted", runtime)
     runtime.keep(model, example, prepared)
     return model

@@ -197,6 +197,19 @@ def wait_for(name: str, done: bool) -> None:
     store.wait([name], datetime.timedelta(days=7))
 
 
+def store_client() -> dist.Store:
+    """The default store by another connection: a call that waits there does not block this one."""
+    return dist.distributed_c10d._get_default_store().clone()
+
+
+def issued(name: str) -> int:
+    """How many collectives this rank has started in the group of a name; 0 where the backend does not count."""
+    try:
+        return torch._C._distributed_c10d._resolve_process_group(name)._get_sequence_number_for_group()
+    except RuntimeError:
+        return 0
+
+
 def settle_gloo(patience: float = 5.0) -> None:
     """Waits until gloo's threads have nothing left to do; for the end of a process (pytorch issue 190489).
 

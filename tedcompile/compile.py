@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from tedcompile import compat, graphs, kernels
+from tedcompile import compat, graphs, kernels, watch
 from tedcompile.layouts import D, S
 from tedcompile.options import Options
 from tedcompile.passes import (
@@ -193,7 +193,13 @@ def _compiler(backend: str, names: dict[str, str], deterministic: bool, cut_equa
     """`deterministic`: what tp ranks hold alike must be bit-equal, and one reduction tuned otherwise is enough."""
 
     def kind(backward: bool, inference: bool):
+        place = "the backward" if backward else "the forward"
+
         def compile_graph(gm: GraphModule, example_inputs: list) -> Callable:
+            found = watch.collectives(gm)
+            return watch.watched(compile_layers(gm, example_inputs), found, place, names)
+
+        def compile_layers(gm: GraphModule, example_inputs: list) -> Callable:
             cut = cut_layers.run(gm) if cut_equal else None
             if cut is None:
                 return compile_segment(gm, example_inputs)

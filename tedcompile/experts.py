@@ -4,7 +4,8 @@ Which tensors have a dim of experts is not listed: it is where the model of the 
 other, both without weights, differ in shape.
 
 merge: the experts of two checkpoints and the rows of their routers side by side (aggregation of experts: Kim et al.,
-arXiv 2109.10465, section 4). prune: the experts that held-out data use most, in each layer, or random ones.
+arXiv 2109.10465, section 4). prune: the experts that held-out data use most, in each layer, or random ones. Where a
+router chooses groups of experts first (`n_group`), each group gets as many of each checkpoint, or keeps as many.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from tedcompile import data
 from tedcompile import weights as weights_
+from tedcompile.capture import layer_of
 from tedcompile.lazy import Lazy
 from tedcompile.load import from_config, load
 from tedcompile.save import write_folder
@@ -39,7 +41,9 @@ def merge(first: str, second: str, out: str, dense: str = "first") -> str:
     one, other = _open(first), _open(second)
     if type(one.model) is not type(other.model):
         raise ValueError(f"{first} is a {type(one.model).__name__}, {second} a {type(other.model).__name__}")
-    number = _number(one.model.config) + _number(other.model.config)
+    number, groups = _number(one.model.config) + _number(other.model.config), _groups(one.model.config)
+    if groups != _groups(other.model.config):
+        raise ValueError(f"{first} routes in {groups} groups of experts, {second} in {_groups(other.model.config)}")
     target = _build(one.model.config, number)
     made: dict[str, Tensor] = {}
     for name, t in weights_.saved_tensors(target).items():
@@ -50,7 +54,9 @@ def merge(first: str, second: str, out: str, dense: str = "first") -> str:
         if dim is None and a.shape != b.shape or dim is not None and _but(a.shape, dim) != _but(b.shape, dim):
             raise ValueError(f"{name} has shape {tuple(a.shape)} in {first}, {tuple(b.shape)} in {second}")
         if dim is not None:
-            made[name] = torch.cat([a, b.to(a.dtype) if b.dtype != a.dtype else b], dim)
+            b = b.to(a.dtype) if b.dtype != a.dtype else b
+            pairs = zip(a.chunk(groups, dim), b.chunk(groups, dim), strict=True)
+            made[name] = torch.cat([part for pair in pairs for part in pair], dim)
         else:
             made[name] = (a + b) / 2 if dense == "mean" and a.is_floating_point() else a
     _write(target, made, out, first)
@@ -77,16 +83,18 @@ def prune(
     chosen = getattr(config, "num_experts_per_tok", 1)
     if not chosen <= keep < number:
         raise ValueError(f"--keep {keep}: {folder} has {number} experts, of which a token uses {chosen}")
-    blocks = _blocks(source.model)
+    blocks, groups = _blocks(source.model), _groups(config)
+    if keep % groups:
+        raise ValueError(f"--keep {keep}: {folder} routes in {groups} groups of experts, give a multiple of {groups}")
     if by == "random":
         generator = torch.Generator().manual_seed(seed)
-        kept = {path: torch.randperm(number, generator=generator)[:keep].sort().values for path in blocks}
+        kept = {path: _best(torch.rand(number, generator=generator), keep, groups) for path in blocks}
         lines = [f"{path}: experts {', '.join(map(str, index.tolist()))}" for path, index in kept.items()]
     elif by == "utilisation":
         if not paths:
             raise ValueError("--by utilisation needs --data, held-out text to count routing on")
-        counts = utilisation(folder, source.model, paths, batches, seq)
-        kept = {p: c.argsort(descending=True, stable=True)[:keep].sort().values for p, c in counts.items()}
+        counts = utilisation(folder, paths, batches, seq)
+        kept = {path: _best(count, keep, groups) for path, count in counts.items()}
         lines = [
             f"{path}: experts {', '.join(map(str, kept[path].tolist()))}, "
             f"{c[kept[path]].sum().item() / max(c.sum().item(), 1):.1%} of {c.sum().item():,} assignments"
@@ -112,43 +120,76 @@ def prune(
     return "\n".join([*lines, f"{out}: {keep} of {number} experts"]) + "\n"
 
 
-@torch.no_grad()
-def utilisation(folder: str, model: torch.nn.Module, paths: Sequence[str], batches: int, seq: int) -> dict[str, Tensor]:
-    """Assignments of tokens to experts (E,) of each MoE block, over `batches` sequences of held-out text."""
-    from transformers import AutoModelForCausalLM
+TOGETHER = 16  # sequences that go through a layer while it is in memory
 
-    size = model.get_input_embeddings().num_embeddings
+
+@torch.no_grad()
+def utilisation(folder: str, paths: Sequence[str], batches: int, seq: int) -> dict[str, Tensor]:
+    """Assignments of tokens to experts (E,) of each MoE block, over `batches` sequences of held-out text.
+
+    One layer is in memory at a time: it is read before it is called, and let go after.
+    """
+    source = _open(folder)
+    model, size = source.model.eval(), source.model.get_input_embeddings().num_embeddings
     spec = folder if (Path(folder) / "tokenizer.json").exists() else "bytes"
     with tempfile.TemporaryDirectory() as place:
         file = data.tokenise(data.files(paths), data.tokenizer(spec), Path(place), size)
         sequences = data.Sequences(file, seq)
         if not sequences.count:
             raise ValueError(f"--data: there is less than one sequence of {seq} tokens")
-        ids = [sequences.read([i]) for i in range(min(batches, sequences.count))]
+        ids = sequences.read(range(min(batches, sequences.count)))
         del sequences
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     counts = {path: torch.zeros(_number(model.config), dtype=torch.int64) for path in _blocks(model)}
+    base, layers = model.base_model, {layer_of(path) for path in counts}
+    made = dict(weights_._initialised(model, source.planned.made, 0, device))
 
-    def hook(path: str) -> Any:
-        def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-            index = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and not a.is_floating_point())
-            counts[path] += index.flatten().bincount(minlength=len(counts[path])).cpu()
+    def fill(root: torch.nn.Module, inside: bool) -> list[tuple[dict, str, Tensor]]:
+        """Gives the tensors of a module values, those of its layers only where it is `inside` one."""
+        filled = []
+        for path, module in root.named_modules():
+            if not inside and any(f"{names[root]}{path}.".startswith(f"{layer}.") for layer in layers):
+                continue
+            for slot in (module._parameters, module._buffers):
+                for leaf, t in slot.items():
+                    if t is None or not t.is_meta:
+                        continue
+                    value = made[id(t)] if id(t) in made else source.planned.files[id(t)].read().to(device)
+                    if isinstance(t, torch.nn.Parameter):
+                        value = value.to(model.config.dtype or value.dtype)
+                        value = torch.nn.Parameter(value, requires_grad=False)
+                    filled.append((slot, leaf, t))
+                    slot[leaf] = value
+        return filled
 
-        return count
+    def empty(filled: list[tuple[dict, str, Tensor]]) -> None:
+        for slot, leaf, t in filled:
+            slot[leaf] = t
 
+    def count(path: str, args: tuple, kwargs: dict) -> None:
+        index = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and not a.is_floating_point())
+        counts[path] += index.flatten().bincount(minlength=len(counts[path])).cpu()
+
+    names = {module: f"{name}." if name else "" for name, module in model.named_modules()}
     for path in counts:
-        whole.get_submodule(f"{path}.experts").register_forward_pre_hook(hook(path), with_kwargs=True)
-    for batch in ids:
-        whole(input_ids=batch.to(device))
+        experts = model.get_submodule(f"{path}.experts")
+        experts.register_forward_pre_hook(lambda m, a, k, path=path: count(path, a, k), with_kwargs=True)
+    held: dict[str, list] = {}
+    for layer in layers:
+        module = model.get_submodule(layer)
+        module.register_forward_pre_hook(lambda m, _, layer=layer: held.update({layer: fill(m, True)}))
+        module.register_forward_hook(lambda m, _, out, layer=layer: empty(held.pop(layer)))
+    fill(base, False)
+    for some in ids.split(TOGETHER):
+        base(input_ids=some.to(device), use_cache=False)
     return counts
 
 
 class _Folder:
     """A folder's configuration as a model without weights, and its tensors by the model's names, unread."""
 
-    def __init__(self, model: torch.nn.Module, tensors: Mapping[str, Lazy]):
-        self.model, self.tensors = model, tensors
+    def __init__(self, model: torch.nn.Module, planned: weights_.Weights, tensors: Mapping[str, Lazy]):
+        self.model, self.planned, self.tensors = model, planned, tensors
 
 
 def _open(folder: str) -> _Folder:
@@ -161,9 +202,19 @@ def _open(folder: str) -> _Folder:
     tensors = {
         name: planned.files[id(t)] for name, t in weights_.saved_tensors(model).items() if id(t) in planned.files
     }
-    if getattr(model.config, "n_group", None) not in (None, 1):
-        raise ValueError(f"{folder} routes in {model.config.n_group} groups of experts, which would be torn apart")
-    return _Folder(model, tensors)
+    return _Folder(model, planned, tensors)
+
+
+def _groups(config: Any) -> int:
+    """Groups of neighbouring experts, of which a token's router chooses some first."""
+    return getattr(config, "n_group", None) or 1
+
+
+def _best(scores: Tensor, keep: int, groups: int) -> Tensor:
+    """The numbers of the experts with the highest scores (E,), as many in each group."""
+    size = len(scores) // groups
+    order = scores.view(groups, size).argsort(-1, descending=True, stable=True)[:, : keep // groups]
+    return (order + torch.arange(groups)[:, None] * size).flatten().sort().values
 
 
 def _number(config: Any) -> int:

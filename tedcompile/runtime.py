@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 
-from tedcompile import compat, compile, machines, pipeline, zero
+from tedcompile import compat, compile, machines, pipeline, watch, zero
 from tedcompile.capture import bind, capture
 from tedcompile.layouts import Layout
 from tedcompile.mesh import Groups
@@ -61,8 +62,16 @@ class ParallelModule:
 
     _ted: Runtime
 
-    def forward(self, *args, **kwargs):
+
+def parallel_class(cls: type) -> type:
+    """The class of a module that `parallelize` returns; its forward has the signature that trainers look at."""
+
+    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
+    def forward(self: ParallelModule, *args: Any, **kwargs: Any) -> Any:
         return self._ted(self, args, kwargs)
+
+    facts = {"__module__": cls.__module__, "forward": forward}
+    return type(f"Parallel{cls.__name__}", (ParallelModule, cls), facts)
 
 
 @contextlib.contextmanager
@@ -172,7 +181,8 @@ class Runtime:
             return
         mark = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
         pair = torch.tensor([mark, -mark])
-        dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=group)
+        with watch.waiting("the ranks' word on the inputs of a call"):
+            dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=group)
         if pair[0] != -pair[1]:
             self.compare("inputs", repr((*key[0], *key[3:])))
 

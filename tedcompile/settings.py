@@ -32,7 +32,11 @@ class Settings:
     model: str = _option("", "MODEL", "folder with weights, config.json (random weights), or file.py:function")
     data: tuple[str, ...] = _option((), "PATH", "text, .jsonl, .parquet, .npy, a saved dataset or a folder of them")
     tokenizer: str = _option("", "FOLDER", "folder with a tokenizer, or bytes (default: the model's folder)")
-    mesh: str = _option("", "dp=1,ep=2,tp=2", "sizes of the axes (default: dp=processes)")
+    mesh: str = _option(
+        "",
+        "dp=1,ep=2,tp=2",
+        "sizes of the axes (default: dp=processes); several by /, as in ep=8/ep=4, for restarts with fewer processes",
+    )
     out: str = _option("run", "FOLDER", "checkpoints, metrics and tokens; a run goes on from what is there")
     export: str = _option("", "FOLDER", "at the end, write the model as the plain model's library would")
     steps: int = _option(100, "N", "optimizer steps of the whole run")
@@ -67,7 +71,7 @@ class Settings:
     eval_every: int = _option(0, "N", "steps between evaluations, 0 for none")
     eval_batches: int = _option(8, "N", "micro-batches of an evaluation")
     log_every: int = _option(10, "N", "steps between lines of the log and of metrics.jsonl")
-    timeout: float = _option(600.0, "X", "seconds that a collective may wait")
+    timeout: float = _option(600.0, "X", "seconds that a rank may wait for another one")
 
     @staticmethod
     def of(given: Mapping[str, Any], file: str = "") -> Settings:
@@ -98,10 +102,13 @@ class Settings:
         for text in self.plan:
             if "=" not in text:
                 raise ValueError(f"--plan takes CHOICE=VALUE, as in dispatch=all_gather, not {text!r}")
-        if self.mesh:
-            MeshShape.parse(self.mesh)
+        self.meshes()
         if self.warmup > self.steps:
             raise ValueError(f"--warmup {self.warmup} is more than --steps {self.steps}")
+
+    def meshes(self) -> list[MeshShape]:
+        """For elastic runs several, of which the first one for as many processes as there are is taken."""
+        return [MeshShape.parse(text) for text in self.mesh.split("/")] if self.mesh else []
 
     def rate(self, step: int) -> float:
         """The learning rate of a step (from 0)."""

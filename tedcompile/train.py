@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tedcompile import compat, data, metrics
+from tedcompile import compat, data, metrics, watch
 from tedcompile.api import parallelize
 from tedcompile.checkpoint import Checkpoints
 from tedcompile.load import load
-from tedcompile.mesh import MeshShape, data_rank, data_world
+from tedcompile.mesh import Groups, MeshShape, data_rank, data_world
 from tedcompile.optim import TiledAdamW
 from tedcompile.save import save_pretrained
 from tedcompile.settings import Settings
@@ -36,11 +36,15 @@ FIXED = ("seq", "batch", "micro_batches", "seed")  # what the list of micro-batc
 def run(settings: Settings) -> None:
     """Trains; returns when the last step is saved, or after the step in which SIGTERM came. Raises ValueError."""
     with _processes(settings) as mesh, _termination() as stop:
+        made: Run | None = None
         try:
-            Run(settings, mesh, stop).train()
+            made = Run(settings, mesh, stop)
+            with _watched(made.runtime.groups, settings.timeout):
+                made.train()
         except torch.OutOfMemoryError as error:
+            used = f"{made.memory()}; " if made else ""
             raise ValueError(
-                f"rank {dist.get_rank()} is out of memory ({str(error).splitlines()[0]}); less with a smaller "
+                f"rank {dist.get_rank()} is out of memory ({str(error).splitlines()[0]}): {used}less with a smaller "
                 "--batch (and more --micro-batches), --checkpoint full, --zero 3, --master split, --moments bf16, "
                 "--offload cpu, or a larger tp"
             ) from None
@@ -53,15 +57,18 @@ def _processes(settings: Settings) -> Iterator[Any]:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    shape = MeshShape.parse(settings.mesh) if settings.mesh else MeshShape(dp=world)
-    if shape.world != world:
-        start = f"torchrun --nproc-per-node {shape.world} --no-python tedcompile train ..."
+    shapes = settings.meshes() or [MeshShape(dp=world)]
+    shape = next((s for s in shapes if s.world == world), None)
+    if shape is None:
+        sizes, start = " or ".join(str(s.world) for s in shapes), "torchrun --nproc-per-node"
         raise ValueError(
-            f"--mesh {settings.mesh} is for {shape.world} processes, there are {world}: start them by {start}"
+            f"--mesh {settings.mesh} is for {sizes} processes, there are {world}: start them by {start} "
+            f"{shapes[0].world} --no-python tedcompile train ..."
         )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    options: dict[str, Any] = dict(timeout=datetime.timedelta(seconds=settings.timeout))
+    later = settings.timeout + 30  # than the watch, which says more
+    options: dict[str, Any] = dict(timeout=datetime.timedelta(seconds=later))
     env = os.environ
     if "RANK" not in env:
         options |= dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -81,6 +88,20 @@ def _processes(settings: Settings) -> Iterator[Any]:
         if whole:
             compat.settle_gloo()
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _watched(groups: Groups, seconds: float) -> Iterator[None]:
+    """A rank that has waited so long for another one ends, and says where all of them are."""
+    if dist.get_world_size() == 1:
+        yield
+        return
+    thread = watch.Watch(groups, seconds)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.stop()
 
 
 @contextlib.contextmanager
@@ -219,6 +240,21 @@ class Run:
             raise ValueError(result[1])
         return result[0]
 
+    def memory(self) -> str:
+        """What holds the device's memory: at the most that was used, what is not kept between steps is activations."""
+        device = self.runtime.groups.device
+        kept = {"parameters": list(self.model.parameters()), "gradients": [p.grad for p in self.model.parameters()]}
+        kept["optimizer state"] = [a for k in self.optimizer.kept for a in k.arrays]
+        sizes = {
+            name: sum(
+                x.nbytes for t in found if t is not None and (x := compat.local_tensor(t)).device.type == device.type
+            )
+            / 2**30
+            for name, found in kept.items()
+        }
+        sizes["activations and the rest"] = max(metrics.memory(device) - sum(sizes.values()), 0.0)
+        return ", ".join(f"{name} {size:.2f} GiB" for name, size in sizes.items())
+
     # ---- steps
 
     def _batch(self, ids: Tensor) -> dict[str, Tensor]:
@@ -233,7 +269,8 @@ class Run:
         found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         if host is None:
             return mine[None]
-        dist.all_gather(found, mine, group=host)
+        with watch.waiting("the ranks' word on a step"):
+            dist.all_gather(found, mine, group=host)
         return torch.stack(found)
 
     def train(self) -> None:
@@ -308,7 +345,8 @@ class Run:
         batches: list[dict[str, Tensor]] = []
         problem: Exception | None = None
         try:
-            batches = [self._batch(self.train_data.read(n)) for n in numbers]
+            with watch.doing(f"the data of step {step + 1}"):
+                batches = [self._batch(self.train_data.read(n)) for n in numbers]
         except Exception as error:
             problem = error
         flags = self._gather([bool(problem), bool(self.stop)])
@@ -325,7 +363,8 @@ class Run:
             if self.settings.aux_loss:
                 loads.append(metrics.expert_load(output.router_logits, self.model.config.num_experts_per_tok))
         self.load = sum(loads) if loads else None
-        found = [torch.stack(x).float().mean().item() if x else 0.0 for x in (losses, auxes)]
+        with watch.waiting("the losses of a step"):  # a GPU comes to its collectives later than the host
+            found = [torch.stack(x).float().mean().item() if x else 0.0 for x in (losses, auxes)]
         rows = self._gather([*found, self.data_rank])
         for rank, (loss, aux, number) in enumerate(rows.tolist()):
             if not torch.isfinite(torch.tensor([loss, aux])).all():
@@ -333,7 +372,8 @@ class Run:
                     f"rank {rank} (data rank {number:.0f}): the loss of step {step + 1} is {loss}; the last checkpoint "
                     "is of a step before it: lower --lr, or look at the data of that step"
                 )
-        self.optimizer.step()
+        with watch.waiting("the optimizer's step"):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         mean = rows.mean(0).tolist()
         return bool(flags[:, 1].any()), mean[0], mean[1] if auxes else None

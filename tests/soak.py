@@ -30,12 +30,49 @@ from examples.nano_moe import build as nano_moe
 def build():
     return nano_moe(seq=16, vocab=256, experts=4, layers=1)
 """
+# Put behind it: rank 1 kills itself after each restart, in a forward, in an optimizer's step, writing a checkpoint.
+KILLS = """
+import os, pathlib, signal, time
+import torch.distributed as dist
+from tedcompile import checkpoint
+from tedcompile.optim import TiledAdamW
+
+newest = pathlib.Path(__file__).parent / "broken" / "checkpoints" / "step-00000004"
+restart = os.environ.get("TORCHELASTIC_RESTART_COUNT") if os.environ.get("RANK") == "1" else ""
+steps, update, exchange, write = [], TiledAdamW.step, dist.all_to_all_single, checkpoint._write_pieces
+
+def die():
+    while not newest.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def step(*args):
+    steps.append(0)
+    if restart == "1" and len(steps) == 3:
+        die()
+    return update(*args)
+
+def all_to_all_single(*args, **kwargs):
+    if restart == "0" and len(steps) == 6:
+        die()
+    return exchange(*args, **kwargs)
+
+def write_pieces(path, *args):
+    if restart == "2":
+        path.write_bytes(b"half")
+        die()
+    return write(path, *args)
+
+TiledAdamW.step, dist.all_to_all_single, checkpoint._write_pieces = step, all_to_all_single, write_pieces
+"""
 
 
 def options(place: pathlib.Path, out: str, mesh: str, steps: int = STEPS) -> list[str]:
-    (place / "model.py").write_text(MODEL.format(root=str(ROOT)))
+    if not (place / "model.py").exists():
+        (place / "model.py").write_text(MODEL.format(root=str(ROOT)))
     (place / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     fixed = "--seq 16 --batch 2 --micro-batches 4 --dtype fp32 --device cpu --backend eager --log-every 1"
+    fixed += " --plan dispatch=all_to_all"
     return [
         *("train", "--model", f"{place / 'model.py'}:build", "--data", str(place / "text.txt"), *fixed.split()),
         *("--lr", "1e-2", "--eps", "1e-4"),
@@ -101,24 +138,24 @@ def wait_for(process: subprocess.Popen, ready, timeout: float = 300.0) -> None:
         time.sleep(0.02)
 
 
-def check(expected: dict[int, float], found: dict[int, float], last_seen: int, resumed: list[int]) -> list[str]:
+def resumed(log: str) -> list[int]:
+    """The steps from which a run went on."""
+    return [int(line.rsplit(" ", 1)[1]) for line in log.splitlines() if line.startswith("goes on from")]
+
+
+def check(expected: dict[int, float], found: dict[int, float], last_seen: int, went_on: list[int]) -> list[str]:
     """What is wrong with a broken run beside the unbroken one."""
     wrong = []
     for step, loss in expected.items():
         if step not in found or abs(found[step] / loss - 1) > 1e-5:
             wrong.append(f"step {step} has the loss {found.get(step)}, not {loss}")
-    if resumed and last_seen - resumed[-1] > 2 * EVERY:  # the last interval, and one whose checkpoint was being written
-        wrong.append(f"went on from step {resumed[-1]} after step {last_seen}")
+    if went_on and last_seen - went_on[-1] > 2 * EVERY:  # the last interval, and one whose checkpoint was being written
+        wrong.append(f"went on from step {went_on[-1]} after step {last_seen}")
     return wrong
 
 
-def broken(
-    place: pathlib.Path, out: str, mesh: str, ranks: int, moment, then=None
-) -> tuple[dict[int, float], list[str]]:
-    """A run in which one rank is killed when `moment(process, folder)` returns. Its losses, and what went wrong.
-
-    With `then`, the launcher is asked to end when `then(process, folder)` returns.
-    """
+def broken(place: pathlib.Path, out: str, mesh: str, ranks: int, moment) -> tuple[dict[int, float], list[str]]:
+    """A run in which one rank is killed when `moment(process, folder)` returns. Its losses, and what went wrong."""
     process = launch(place, out, mesh, ranks)
     wrong = []
     try:
@@ -132,11 +169,7 @@ def broken(
             os.kill(random.choice(first), signal.SIGKILL)
         wait_for(process, lambda: any(p not in first for p in workers(process.pid)))
         second = workers(process.pid)
-        if then:
-            then(process, place / out)
-            process.send_signal(signal.SIGTERM)
-        code = finish(process, 300)
-        if code and not then:
+        if code := finish(process, 300):
             wrong.append(f"exit code {code}: {(place / f'{out}.log').read_text()[-2000:]}")
         left = [p for p in {*first, *second} if pathlib.Path(f"/proc/{p}/cmdline").exists()]
         if left:
@@ -145,9 +178,8 @@ def broken(
         for pid in workers(process.pid):
             os.kill(pid, signal.SIGKILL)
         process.kill()
-    lines = (place / f"{out}.log").read_text().splitlines()
-    resumed = [int(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("goes on from")]
-    return losses(place / out), wrong + check({}, {}, seen, resumed)
+    log = (place / f"{out}.log").read_text()
+    return losses(place / out), wrong + check({}, {}, seen, resumed(log))
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The plain example models train on one process, and the demo reads the same batches in every process."""
+"""The plain example models train on one process."""
 
 import importlib.util
 from pathlib import Path
@@ -38,15 +38,3 @@ def test_nano_moe_ties_embedding_and_head():
     model, _ = load("nano_moe").build()
     assert model.lm_head.weight is model.wte.weight
     assert "lm_head.weight" not in dict(model.named_parameters())
-
-
-def test_demo_batches_depend_on_step_and_data_rank_only():
-    pytest.importorskip("transformers")
-    demo = load("demo")
-    data, again = demo.read_sources(), load("demo").read_sources()
-    batches = [demo.read_batch(data, step, data_rank) for step in range(3) for data_rank in range(demo.DATA_WORLD)]
-    torch.manual_seed(1)
-    for i, batch in enumerate(batches):
-        assert batch.shape == (demo.BATCH, demo.SEQ)
-        assert batch.equal(demo.read_batch(again, *divmod(i, demo.DATA_WORLD)))
-        assert not any(batch.equal(other) for other in batches[:i])

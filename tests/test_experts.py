@@ -54,11 +54,32 @@ def test_pruned_experts_are_those_that_are_used(family, tmp_path, capsys):
     """A model of whose experts only some are ever chosen computes the same without the others."""
     model, batch = save(family, tmp_path / "a", experts=8)
     (tmp_path / "text.txt").write_bytes(bytes(i % 128 for i in range(600)))
-    command = ["experts", "prune", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--keep", "5", "--seq", "16"]
+    command = [
+        "experts",
+        "prune",
+        str(tmp_path / "a"),
+        "--out",
+        str(tmp_path / "b"),
+        "--keep",
+        "5",
+        "--seq",
+        "16",
+        "--batches",
+        "18",
+    ]
     assert main([*command, "--data", str(tmp_path / "text.txt")]) == 0
     said = capsys.readouterr().out
-    counts = experts.utilisation(str(tmp_path / "a"), model, [str(tmp_path / "text.txt")], 16, 16)
-    assert [c.sum().item() for c in counts.values()] == [16 * 16 * 2] * 2
+    counts = experts.utilisation(str(tmp_path / "a"), [str(tmp_path / "text.txt")], 18, 16)
+    whole, seen = load(tmp_path / "a"), {}
+    for name, module in whole.named_modules():
+        if name.endswith(".experts"):
+            path = name.removesuffix(".experts")
+            module.register_forward_pre_hook(
+                lambda m, args, path=path: seen.update({path: args[1].flatten().bincount(minlength=8)})
+            )
+    whole(input_ids=torch.tensor([i % 128 for i in range(18 * 16)]).view(18, 16))
+    assert counts.keys() == seen.keys() and len(counts) == 2
+    assert all(counts[path].equal(seen[path]) for path in counts), "layer by layer as the whole model at once"
     pruned = load(tmp_path / "b")
     for number, (path, count) in enumerate(counts.items()):
         kept = count.argsort(descending=True, stable=True)[:5].sort().values
@@ -69,6 +90,31 @@ def test_pruned_experts_are_those_that_are_used(family, tmp_path, capsys):
     dense = [n for n, p in model.named_parameters() if p.shape[0] != 8]
     assert all(pruned.get_parameter(n).equal(model.get_parameter(n)) for n in dense) and dense
     assert pruned(**batch).loss.isfinite()
+
+
+def test_experts_in_groups_stay_in_them(tmp_path, capsys):
+    """A router that chooses groups first: each has as many experts of both, or keeps as many."""
+    folders = [str(tmp_path / name) for name in "abcd"]
+    models = [
+        save("deepseek_v3", folder, seed, experts=4, n_group=2, topk_group=1) for seed, folder in enumerate(folders[:2])
+    ]
+    assert main(["experts", "merge", *folders[:2], "--out", folders[2]]) == 0
+    merged, split = load(folders[2]), 0
+    for name, p in merged.named_parameters():
+        a, b = (model.get_parameter(name) for model, _ in models)
+        split += p.shape != a.shape
+        assert p.equal(a if p.shape == a.shape else torch.cat([a[:2], b[:2], a[2:], b[2:]])), name
+    assert split
+    assert main(["experts", "prune", folders[2], "--out", folders[3], "--keep", "4", "--by", "random"]) == 0
+    kept = [
+        [int(n) for n in line.rpartition("experts ")[2].split(",")]
+        for line in capsys.readouterr().out.splitlines()
+        if "experts " in line and ", " in line
+    ]
+    assert kept and all(sum(n < 4 for n in numbers) == 2 == sum(n >= 4 for n in numbers) for numbers in kept), kept
+    assert load(folders[3])(**models[0][1]).loss.isfinite()
+    assert main(["experts", "prune", folders[2], "--out", folders[3], "--keep", "5", "--by", "random"]) == 2
+    assert "routes in 2 groups of experts, give a multiple of 2" in capsys.readouterr().err
 
 
 def test_results_train_and_wrong_calls_are_one_sentence(tmp_path, monkeypatch, capsys):

@@ -284,6 +284,30 @@ def test_one_sentence_for_what_cannot_work(options, text, place, capsys):
     assert text in error and error.count("\n") == 1
 
 
+def test_memory_that_does_not_suffice_is_told_by_use(place, monkeypatch, capsys):
+    def full(self, step, numbers):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr(train.Run, "_step", full)
+    assert call("--model config.json --steps 3") == 2
+    error = capsys.readouterr().err
+    assert "rank 0 is out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.): parameters 0.00 GiB, " in error
+    assert "optimizer state 0.00 GiB, activations and the rest " in error and "--checkpoint full, --zero 3" in error
+
+
+def test_a_disk_that_cannot_be_read_or_is_full_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("abc")
+    bad = lambda error: lambda *_: (_ for _ in ()).throw(error)
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="a.txt cannot be read: Input/output error"):
+        m.setattr(data.Path, "read_bytes", bad(OSError(5, "Input/output error")))
+        tokens(tmp_path, "a.txt")
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="tokens cannot be written to .*: .*No space left"):
+        m.setattr(data.os, "fsync", bad(OSError(28, "No space left on device")))
+        tokens(tmp_path, "a.txt")
+    assert not list((tmp_path / "out").iterdir())
+    assert tokens(tmp_path, "a.txt") == [97, 98, 99, 0]
+
+
 def test_nan_names_rank_and_step(place, monkeypatch, capsys):
     original = train.Run._batch
     calls = []

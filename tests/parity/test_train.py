@@ -1,7 +1,8 @@
-"""`tedcompile train` under torchrun: a rank that is killed, a request to end, and another mesh."""
+"""`tedcompile train` under torchrun: ranks that are killed, a request to end, and another mesh."""
 
 from __future__ import annotations
 
+import pathlib
 import sys
 
 import pytest
@@ -10,24 +11,32 @@ from tests import soak
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes by /proc")
-def test_killed_asked_to_end_and_finished_on_another_mesh(tmp_path):
+def test_killed_three_times_asked_to_end_and_finished_on_fewer_processes(tmp_path):
     """All of it together is the run on one process without a break."""
     from tedcompile.cli import main
 
-    def trained(process, folder):
-        soak.wait_for(process, lambda: max(soak.losses(folder), default=0) >= soak.EVERY + 2)
-
-    def resumed(process, folder):
-        log = folder.with_suffix(".log")
-        soak.wait_for(process, lambda: "goes on from" in log.read_text())
-        trained(process, folder)
-
-    assert main(soak.options(tmp_path, "whole", "dp=1")) == 0
+    meshes = "ep=2 / dp=1"
+    assert main(soak.options(tmp_path, "whole", meshes)) == 0
     expected = soak.losses(tmp_path / "whole")
     assert len(expected) == soak.STEPS
-    found, wrong = soak.broken(tmp_path, "broken", "ep=2", 2, trained, resumed)
-    assert not wrong
-    log = (tmp_path / "broken.log").read_text()
-    assert "asked to end: saved after step" in log and len(found) < soak.STEPS, log
-    assert main(soak.options(tmp_path, "broken", "dp=1")) == 0
+    with (tmp_path / "model.py").open("a") as file:
+        file.write(soak.KILLS)
+
+    process, log, seen = soak.launch(tmp_path, "broken", meshes, 2), tmp_path / "broken.log", set()
+
+    def trained() -> bool:
+        seen.update(soak.workers(process.pid))
+        return log.read_text().count("goes on from") == 3 and max(soak.losses(tmp_path / "broken")) > 2 * soak.EVERY
+
+    try:
+        soak.wait_for(process, trained)
+        process.terminate()
+    finally:
+        soak.finish(process, 120)
+    text = log.read_text()
+    assert soak.resumed(text) == [soak.EVERY] * 3, text[-4000:]  # after steps 6, 6 and 8
+    assert len(seen) == 8 and not any(pathlib.Path(f"/proc/{pid}/cmdline").exists() for pid in seen)
+    found = soak.losses(tmp_path / "broken")
+    assert "asked to end: saved after step" in text and len(found) < soak.STEPS, text[-4000:]
+    assert main(soak.options(tmp_path, "broken", meshes)) == 0
     assert soak.check(expected, soak.losses(tmp_path / "broken"), 0, []) == []

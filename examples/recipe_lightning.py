@@ -1,0 +1,90 @@
+"""A tedcompile model in Lightning.
+
+    torchrun --nproc-per-node 4 examples/recipe_lightning.py --ep 2 --tp 2
+
+`ModelParallelStrategy` leaves the model as `configure_model` makes it (no DDP: gradients are averaged over the dp x ep
+ranks already), and deals batches over its data-parallel ranks, which are those of dp x ep. Lightning's own checkpoints
+are off: `tedcompile.Checkpoints` and `save_pretrained` know the layouts.
+"""
+
+import argparse
+import os
+import sysconfig
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.utils.data import DataLoader
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import tedcompile
+
+MODEL = dict(vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
+
+
+class Module(lightning.LightningModule):
+    """`sizes`: of dp, ep and tp."""
+
+    def __init__(self, model, sizes: tuple[int, int, int], optimizer, **options):
+        super().__init__()
+        self.model, self.sizes, self.optimizer, self.options = model, sizes, optimizer, options
+        self.mesh = None
+
+    def configure_model(self) -> None:
+        if self.mesh is None:
+            device = self.trainer.strategy.root_device
+            names = ("dp", "ep", "tp")
+            self.mesh = torch.distributed.init_device_mesh(device.type, self.sizes, mesh_dim_names=names)
+            self.model = tedcompile.parallelize(self.model.to(device), self.mesh, **self.options)
+
+    def configure_optimizers(self):
+        return self.optimizer(self.model.parameters())
+
+    def training_step(self, batch, index):
+        loss = self.model(**batch).loss
+        self.log("loss", loss, prog_bar=True, sync_dist=True)  # tp ranks have the same one: the mean is right
+        return loss
+
+
+def strategy(sizes: tuple[int, int, int]) -> ModelParallelStrategy:
+    dp, ep, tp = sizes
+    return ModelParallelStrategy(data_parallel_size=dp * ep, tensor_parallel_size=tp)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for axis in ("dp", "ep", "tp"):
+        parser.add_argument(f"--{axis}", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--out", default="trained")
+    options = parser.parse_args()
+
+    sizes = (options.dp, options.ep, options.tp)
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**MODEL))
+    module = Module(model, sizes, lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))  # the data: the standard library's own
+    text = torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in sources)), dtype=torch.uint8)
+    rows = text[: len(text) // options.seq * options.seq].view(-1, options.seq).long()
+    loader = DataLoader([dict(input_ids=r, labels=r) for r in rows], batch_size=4, shuffle=True, drop_last=True)
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    trainer = lightning.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=local,
+        num_nodes=int(os.environ["WORLD_SIZE"]) // local,
+        strategy=strategy(sizes),
+        max_steps=options.steps,
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        enable_checkpointing=False,
+        logger=False,
+    )
+    trainer.fit(module, loader)
+    tedcompile.save_pretrained(module.model, options.out)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
