@@ -60,9 +60,9 @@ def _processes(settings: Settings) -> Iterator[Any]:
     shapes = settings.meshes() or [MeshShape(dp=world)]
     shape = next((s for s in shapes if s.world == world), None)
     if shape is None:
-        sizes, start = " or ".join(str(s.world) for s in shapes), "torchrun --nproc-per-node"
+        known, start = " or ".join(str(s.world) for s in shapes), "torchrun --nproc-per-node"
         raise ValueError(
-            f"--mesh {settings.mesh} is for {sizes} processes, there are {world}: start them by {start} "
+            f"--mesh {settings.mesh} is for {known} processes, there are {world}: start them by {start} "
             f"{shapes[0].world} --no-python tedcompile train ..."
         )
     if device == "cuda":
