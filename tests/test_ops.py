@@ -222,7 +222,7 @@ def process(rank, path):
 
 def test_moves_in_two_processes():
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+        context = multiprocessing.get_context("spawn")
         ranks = [context.Process(target=process, args=(r, os.path.join(folder, "store"))) for r in range(2)]
         for p in ranks:
             p.start()
