@@ -59,4 +59,5 @@ clean:
 	"$(PYTHON)" -m venv $(@D)
 	sed '$(EDIT)' constraints.txt >$(@D)/constraints.txt
 	$(@D)/bin/python -m pip install --disable-pip-version-check -q -c $(@D)/constraints.txt -e '.[hf,triton,dev]' || { echo "The packages could not be installed (pip's message is above); they come from the package index, so check the network" >&2; exit 1; }
+	@$(@D)/bin/python -m pip install --disable-pip-version-check -q -c $(@D)/constraints.txt -e '.[data,recipes]' || echo "Without the packages of the extras data and recipes their tests are skipped" >&2
 	@touch $@
