@@ -1,7 +1,7 @@
 """Runs a distributed forward graph as all its ranks at once, in one process and without process groups.
 
 Every node is evaluated for each rank before the next one; a collective is one autograd function of all ranks' values,
-written from its definition in `layouts.py`, not from the kernels. So values and gradients of a rewritten graph can be
+written from its definition in `tedcompile.layouts`, not from the kernels. So values and gradients of a graph can be
 compared with the plain module in fp64, in milliseconds.
 """
 

@@ -2,7 +2,7 @@
 
 Shapes: T tokens, K experts a token, E experts, N rows (token copies, sorted by expert), H and I features.
 Backward passes are derived from the VJPs here (TED's drop and gather: arXiv 2303.06318, section 5;
-the cotangent conventions are in `layouts.py`). Nothing here adds atomically, so replicated values stay bit-equal.
+cotangent conventions: `tedcompile.layouts`). Nothing here adds atomically, so replicated values stay bit-equal.
 
 The `axis` of a collective is a mesh axis in every graph that people read; `passes/lower.py` turns it into the name of
 a process group just before a graph is run.
