@@ -235,7 +235,8 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with compat.unprinted_export():
+            yield
     finally:
         logger.setLevel(level)
 

@@ -91,6 +91,13 @@ def compile_fx_inner(*args, deterministic: bool = False, ordered: bool = False, 
         return compile_fx_inner(*args, **kwargs)
 
 
+def unprinted_export():
+    """torch.export prints the graph so far to stderr before it raises; not inside this context."""
+    import torch.export._trace as trace
+
+    return unittest.mock.patch.object(trace, "print", lambda *_, **__: None, create=True)
+
+
 def own_tracing():
     """What is compiled inside is no part of the graph that AOTAutograd is compiling: its strides and donated inputs."""
     return torch._guards.tracing(None)
