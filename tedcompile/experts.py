@@ -213,7 +213,7 @@ def _groups(config: Any) -> int:
 def _best(scores: Tensor, keep: int, groups: int) -> Tensor:
     """The numbers of the experts with the highest scores (E,), as many in each group."""
     size = len(scores) // groups
-    order = scores.view(groups, size).argsort(-1, descending=True, stable=True)[:, : keep // groups]
+    order = scores.view(groups, size).argsort(dim=-1, descending=True, stable=True)[:, : keep // groups]
     return (order + torch.arange(groups)[:, None] * size).flatten().sort().values
 
 

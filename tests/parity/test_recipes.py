@@ -69,7 +69,7 @@ def plain(unequal: bool):
 class Recipe:
     name: str
     folder: str
-    timeout = 240.0
+    timeout = 900.0
 
     def run(self):
         import torch.distributed as dist
