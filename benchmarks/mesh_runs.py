@@ -44,10 +44,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tedcompile.mesh import MeshShape
 
+KINDS = {"checkpoint": str, "memory_budget": float, "zero": int, "master": str, "moments": str}  # the rest is the plan
 MESHES = ("tp=1", "tp=2", "ep=2", "dp=2")
 TOLERANCE = 2e-2
+LATE = "did not end in time"
 # At 1e-4 this one learns its four random batches so fast that one rounding more moves the loss by a tenth.
-LEARNING_RATE = {"mixtral_layer": 1e-5}
+LEARNING_RATE = {"mixtral_layer": 1e-5, "ted": 1e-5}
 UNITS = {
     "step_ms": "ms", "forward_backward_ms": "ms", "tokens_per_s_per_gpu": "1/s", "peak_gib": "GiB", "first_step_s": "s",
     "worst_loss_difference": "relative", "first_loss": "nats", "last_loss": "nats", "replicas_apart": "tensors",
@@ -66,6 +68,7 @@ def train(options: argparse.Namespace) -> None:
 
     import tedcompile
     from benchmarks import train_step
+    from tedcompile import metrics
 
     rank = int(os.environ["RANK"])
     if options.cpu:
@@ -104,10 +107,14 @@ def train(options: argparse.Namespace) -> None:
 
     if not options.cpu:
         torch.cuda.reset_peak_memory_stats()
-    data = [train_step.batches(options.case, r, device) for r in range(max(shape["data"], 2))]
-    model = train_step.build(options.case, torch.bfloat16, device)
+    data = [train_step.batches(options.case, r, device) for r in range(max(shape["data"], *options.data))]
+    model = train_step.build(options.case, torch.bfloat16, torch.device("meta") if options.meta else device)
     start = time.perf_counter()
-    model = tedcompile.parallelize(model, mesh, **chosen)
+    tiled = {key: chosen.pop(key) for key in ("master", "moments") if key in chosen}
+    example = train_step.example(options.case, data[0][0])
+    model = tedcompile.parallelize(model, mesh, example_inputs=example, **chosen)
+    if shape.world == 1:
+        initial = [p.to_local().detach().to("cpu", copy=True) for p in model.parameters()]
     waited = 0.0
     run = model._ted.run
 
@@ -121,14 +128,17 @@ def train(options: argparse.Namespace) -> None:
 
     model._ted.run = first_run
     mine = data[tedcompile.data_rank(mesh)]
+    rate = LEARNING_RATE.get(options.case.partition(":")[0], 1e-4)
 
     def new_optimizer():
-        return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE.get(options.case, 1e-4), foreach=True)
+        if tiled or "zero" in chosen:
+            return tedcompile.optim.TiledAdamW(model.parameters(), lr=rate, **tiled)
+        return torch.optim.AdamW(model.parameters(), lr=rate, foreach=True)
 
     def step(optimizer, *batches) -> torch.Tensor:
         losses = []
         for ids in batches:
-            losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss)
+            losses.append(train_step.loss_of(model, ids))
             (losses[-1] / len(batches)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -158,7 +168,7 @@ def train(options: argparse.Namespace) -> None:
         dist.barrier()
         sync()
         start = time.perf_counter()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        train_step.loss_of(model, ids).backward()
         sync()
         partial.append(time.perf_counter() - start)
         optimizer.step()
@@ -170,23 +180,66 @@ def train(options: argparse.Namespace) -> None:
     result["tokens_per_s_per_gpu"] = mine[0].numel() / shape.tp / statistics.median(whole)
     if not options.cpu:
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    flops = metrics.token_flops(model, mine[0].shape[1])
+    if flops:
+        result["token_flops"] = flops
+        result["tflops_per_gpu"] = result["tokens_per_s_per_gpu"] * flops / 1e12
+        result["mfu"] = result["tflops_per_gpu"] * 1e12 / model._ted.machine.rate(2)
+    if options.count:
+
+        def again() -> None:
+            optimizer.zero_grad()  # keeps the memory that TiledAdamW has for gradients
+            train_step.loss_of(model, mine[0]).backward()
+
+        result |= count(again, not options.cpu)
+        optimizer.zero_grad()
     write()
 
-    if shape.world == 1:  # the same compiled step again, from the start, now with the batches of two data ranks
-        optimizer = None
-        with torch.no_grad():
-            fresh = dict(train_step.build(options.case, torch.bfloat16, device).named_parameters())
-            for name, p in model.named_parameters():
-                p.to_local().copy_(fresh.pop(name))
-        optimizer = new_optimizer()
-        both = [[d[i % len(mine)] for d in data[:2]] for i in range(train_step.STEPS)]
-        result["losses_of_two"] = torch.stack([step(optimizer, *pair) for pair in both]).float().tolist()
+    if shape.world == 1:  # the same compiled step again, from the start, now with the batches of several data ranks
+        result["losses_of"] = {}
+        for ranks in options.data:
+            optimizer = None
+            with torch.no_grad():
+                for p, value in zip(model.parameters(), initial, strict=True):
+                    p.to_local().copy_(value)
+            optimizer = new_optimizer()
+            together = [[d[i % len(mine)] for d in data[:ranks]] for i in range(train_step.STEPS)]
+            losses = [step(optimizer, *batches) for batches in together]
+            result["losses_of"][str(ranks)] = torch.stack(losses).float().tolist()
         write()
     dist.destroy_process_group()
 
 
+def count(step: Callable[[], None], gpu: bool) -> dict:
+    """Bytes handed to the collectives of a step by "kind axis", mean over ranks; on GPUs also ms in NCCL's kernels."""
+    import torch
+    import torch.distributed as dist
+
+    from tests.parity.volumes import Recorder
+
+    with Recorder() as recorder:
+        step()
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, recorder.bytes)
+    handed: dict[str, float] = {}
+    for counted in everyone:
+        for (kind, axis, _), size in counted.items():
+            handed[f"{kind} {axis}"] = handed.get(f"{kind} {axis}", 0.0) + size / len(everyone)
+    found: dict = {"handed": handed}
+    if gpu:
+        with torch.profiler.profile() as profile:
+            step()
+            torch.cuda.synchronize()
+        kernels = [e for e in profile.key_averages() if e.key.startswith("ncclDevKernel")]
+        found["nccl_ms"] = sum(e.self_device_time_total for e in kernels) / 1e3
+    return found
+
+
 def parse(system: str) -> tuple[MeshShape, dict]:
-    """A mesh and options of `parallelize`: "ep=2 dispatch=dedup", "tp=2 off=simplify_collectives checkpoint=full"."""
+    """A mesh and options of `parallelize`: "ep=2 dispatch=dedup", "tp=2 off=simplify_collectives checkpoint=full".
+
+    `zero`, `master` and `moments` (the last two are TiledAdamW's) train with TiledAdamW, not torch's AdamW.
+    """
     from tedcompile.mesh import MeshShape
 
     mesh, *rest = system.split()
@@ -194,35 +247,43 @@ def parse(system: str) -> tuple[MeshShape, dict]:
     for key, _, value in (word.partition("=") for word in rest):
         if key == "off":
             chosen["off"].append(value)
-        elif key in ("checkpoint", "memory_budget"):
-            chosen[key] = value if key == "checkpoint" else float(value)
+        elif key in KINDS:
+            chosen[key] = KINDS[key](value)
         else:
             chosen["plan"][key] = value
     return MeshShape.parse(mesh), chosen
 
 
-def predict(case: str, system: str, gpu: str) -> dict[str, float]:
-    """Of one step on one rank: ms of its collectives, one after the other, and of its MoE blocks."""
+def predict(case: str, system: str, gpu: str) -> dict:
+    """Of one step on one rank: ms and bytes (by "kind axis") of its collectives, and ms of its MoE blocks."""
     import torch
 
     import tedcompile
-    from benchmarks import train_step
+    from benchmarks import ted, train_step
     from tedcompile import machines
 
     machine = machines.default("cpu" if gpu == "cpu" else "cuda", gpu)
     shape, chosen = parse(system)
-    batch, seq = train_step.CASES[case][2]
+    _, sizes, (batch, seq) = train_step.case_of(case)
     model = train_step.build(case, torch.bfloat16, torch.device("meta"))
-    facts = tedcompile.explain(model, shape, batch=batch, seq=seq, machine=machine.name, **chosen)
-    seconds = 0.0
+    chosen = {key: value for key, value in chosen.items() if key not in ("zero", "master", "moments")}
+    example = train_step.example(case, torch.empty(batch, seq, dtype=torch.int64, device="meta"))
+    facts = tedcompile.explain(
+        model, shape, example_inputs=example, batch=batch, seq=seq, machine=machine.name, **chosen
+    )
+    seconds, handed = 0.0, dict[str, float]()
     for row in facts["collectives"]:
         at = machines.place(row["axis"], shape, machine)
         seconds += row["count"] * sum(machine.collective(row["kind"], row["bytes_per_rank"], at))
-    found = {"communication_ms": 1e3 * seconds}
+        key = f"{row['kind']} {row['axis']}"
+        handed[key] = handed.get(key, 0.0) + row["count"] * row["bytes_per_rank"]
+    found: dict = {"communication_ms": 1e3 * seconds, "explained": handed}
     if facts["choices"]:
-        layers = train_step.CASES[case][1]["num_hidden_layers"]
-        best = [c["seconds"] for choice in facts["choices"] for c in choice["candidates"] if c["chosen"]]
-        found["block_ms"] = 1e3 * layers * sum(best)
+        layers = sizes["num_hidden_layers"] // (ted.MOE_EVERY if isinstance(model, ted.GPT) else 1)
+        best = [c for choice in facts["choices"] for c in choice["candidates"] if c["chosen"]]
+        found["block_ms"] = 1e3 * layers * sum(c["seconds"] for c in best)
+        words = lambda c: f"{c['experts']} {c['dispatch']} {'drop' * c['drop']} {c['chunks']} chunks"
+        found["plan"] = "; ".join(dict.fromkeys(map(words, best))).replace("  ", " ")
     return found
 
 
@@ -271,6 +332,12 @@ def bits(tensor):
     return tensor.reshape(-1).view(torch.uint8)
 
 
+def reference_losses(one_gpu: dict, system: str) -> list[float]:
+    """Those of the one-GPU run with the batches of as many data ranks; empty where it has none."""
+    ranks = parse(system)[0]["data"]
+    return one_gpu.get("losses_of", {}).get(str(ranks), []) if ranks > 1 else one_gpu.get("losses", [])
+
+
 # ---- the driver
 
 
@@ -280,6 +347,7 @@ class Job:
     mesh: str
     gpu: int  # of its first process
     file: pathlib.Path
+    flags: tuple[str, ...] = ()  # further ones of its processes
     processes: list[subprocess.Popen] = field(default_factory=list)
     ended: float = 0.0
     error: str = ""
@@ -297,7 +365,7 @@ class Job:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "benchmarks.mesh_runs", "--worker", "--case", self.case, "--mesh", self.mesh]
-        command += ["--out", str(self.file), *["--cpu"] * options.cpu]
+        command += ["--out", str(self.file), *["--cpu"] * options.cpu, *self.flags]
         for rank in range(self.world):
             place = dict(RANK=rank, LOCAL_RANK=self.gpu + rank, WORLD_SIZE=self.world, MASTER_PORT=port)
             environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}}
@@ -364,7 +432,7 @@ class Driver:
             job.start(self.options)
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         self.predictions = {(job.case, job.mesh): predict(job.case, job.mesh, gpu) for job in self.jobs}
-        small = [job for job in self.jobs if job.case in ("demo", "tiny")]
+        small = [job for job in self.jobs if job.case.partition(":")[0] in ("demo", "tiny")]
         large = [job for job in self.jobs if job not in small]
         for job in small:  # these fit beside everything
             job.allow("train")
@@ -390,7 +458,7 @@ class Driver:
             self.say(f"{job.name} {job.error or 'ended'}")
             self.report()
         for job in self.poll():
-            job.error = job.error or "did not end in time"
+            job.error = job.error or LATE
             job.kill()
 
     def report(self) -> bool:
@@ -400,7 +468,7 @@ class Driver:
         for job in self.jobs:
             found = results[job.case, job.mesh]
             reference = results.get((job.case, "tp=1"), {})
-            want = reference.get("losses" if parse(job.mesh)[0]["data"] == 1 else "losses_of_two", [])
+            want = reference_losses(reference, job.mesh)
             have = found.get("losses", [])
             if have:
                 found |= {"first_loss": have[0], "last_loss": have[-1]}
@@ -445,6 +513,9 @@ def main() -> int:
     parser.add_argument("--jobs", nargs="+", default=[], metavar="'CASE MESH ...'", help="these, instead of all cases")
     parser.add_argument("--seconds", type=float, default=260.0, help="for everything")
     parser.add_argument("--cpu", action="store_true", help="a tiny model on gloo")
+    parser.add_argument("--meta", action="store_true", help=argparse.SUPPRESS)  # the model is initialised by its parts
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)  # and the collectives' bytes
+    parser.add_argument("--data", type=int, nargs="+", default=[2], help=argparse.SUPPRESS)  # ranks that one GPU acts
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--mesh", help=argparse.SUPPRESS)

@@ -25,6 +25,13 @@ NAMES = {"forward_backward_ms": "forward + backward, ms", "step_ms": "step, ms",
 OPTIONS = {"forward_backward_ms": "forward + backward, ms", "peak_gib": "peak memory, GiB",
            "communication_ms": "predicted: collectives, ms", "block_ms": "MoE block, ms", "replay_ms": "replay, ms",
            "saved_gib": "kept for the backward, GiB"}  # fmt: skip
+# of many_gpus.json, after those of NAMES
+MANY = ("step_ms", "tokens_per_s_per_gpu", "peak_gib", "worst_loss_difference")
+MANY_GPUS = {name: NAMES[name] for name in MANY} | {
+    "tflops_per_gpu": "TFLOP/s per GPU", "mfu": "MFU", "forward_backward_ms": NAMES["forward_backward_ms"],
+    "predicted_ms": NAMES["predicted_ms"], "nccl_ms": "in NCCL, ms", "communication_ms": "predicted, ms",
+    "bytes_ratio": NAMES["bytes_ratio"],
+}  # fmt: skip
 LAYERS = ("qwen3_layer", "mixtral_layer")
 SYSTEMS = {"hf_eager": "Hugging Face, grouped_mm", "hf_compile": "Hugging Face, grouped_mm + torch.compile"}
 
@@ -55,6 +62,14 @@ def moe_layer() -> str:
     ]
     headers = ["layer", "tokens", "routing", *names, *(f"kept, GiB: {n}" for n in saved)]
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def many_gpus() -> str:
+    entries = json.loads((HERE / "results" / "many_gpus.json").read_text())
+    failed = [f"`{e['case']} {e['system']}`: {e['value'].strip().splitlines()[-1]}" for e in entries
+              if e["metric"] == "error"]  # fmt: skip
+    intro = "On four and eight GPUs (`python -m benchmarks.many_gpus`; its first lines say what is checked):"
+    return "\n\n".join([intro, steps("many_gpus", MANY_GPUS), *(["Failed: " + "; ".join(failed) + "."] * bool(failed))])
 
 
 # column of the optimizer's table -> metric and format
@@ -120,6 +135,7 @@ def main() -> None:
         for name in ("train_step", "mesh_runs", "communication", "slow_link", "compile_time")
     }
     tables["optimizer"] = optimizer
+    tables["many_gpus"] = many_gpus
     tables["moe_layer"] = moe_layer
     tables["mesh_runs_options"] = functools.partial(steps, "mesh_runs", OPTIONS, layers=True)
     tables |= {f"paper_{part}": functools.partial(paper, part) for part in PAPER}

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 -m benchmarks.train_step --mesh tp=2
 
 Cases: `demo` (the model of `make demo`) and `qwen3_4layers` (four layers of Qwen3-30B-A3B, its whole vocabulary);
-`qwen3_layer` and `mixtral_layer` are one layer with a vocabulary of 1,024; `tiny` serves to try mesh_runs.py on a CPU.
+`qwen3_layer` and `mixtral_layer` are one layer with a vocabulary of 1,024; `ted` has two layers of DeepSpeed-TED's
+model; `tiny` serves to try mesh_runs.py on a CPU. Sizes may be others: `mixtral_layer:num_hidden_layers=2,batch=1`.
 Losses of 20 AdamW steps are compared before anything is timed. Writes benchmarks/results/train_step.json, or --out.
 """
 
@@ -25,6 +26,7 @@ import transformers
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 import tedcompile
+from benchmarks import ted
 from tedcompile.mesh import MeshShape
 
 CASES = {
@@ -37,6 +39,7 @@ CASES = {
     "qwen3_4layers": (Qwen3MoeConfig, dict(num_hidden_layers=4, norm_topk_prob=True), (4, 4096)),
     "qwen3_layer": (Qwen3MoeConfig, dict(num_hidden_layers=1, vocab_size=1024, norm_topk_prob=True), (4, 4096)),
     "mixtral_layer": (MixtralConfig, dict(num_hidden_layers=1, vocab_size=1024), (4, 4096)),
+    "ted": (ted.Config, dict(num_hidden_layers=2, vocab_size=50304), (4, 2048)),
     "tiny": (
         Qwen3MoeConfig,
         dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -47,8 +50,17 @@ CASES = {
 STEPS, TIMED = 20, 10
 
 
+def case_of(name: str) -> tuple[type, dict[str, int], tuple[int, int]]:
+    """Configuration class, sizes and (batch, seq) of a case, `NAME` or `NAME:size=number,...`."""
+    base, _, changes = name.partition(":")
+    kind, sizes, (batch, seq) = CASES[base]
+    sizes = {**sizes, "batch": batch, "seq": seq}
+    sizes |= {key: int(value) for key, _, value in (c.partition("=") for c in filter(None, changes.split(",")))}
+    return kind, sizes, (sizes.pop("batch"), sizes.pop("seq"))
+
+
 def batches(case: str, rank: int, device: torch.device):
-    _, config, shape = CASES[case]
+    _, config, shape = case_of(case)
     vocab = config.get("vocab_size", 151936)
     generator = torch.Generator().manual_seed(1 + rank)
     return [torch.randint(vocab, shape, generator=generator).to(device) for _ in range(4)]
@@ -56,9 +68,22 @@ def batches(case: str, rank: int, device: torch.device):
 
 def build(case: str, dtype: torch.dtype, device: torch.device):
     torch.manual_seed(0)
-    kind, sizes, _ = CASES[case]
+    kind, sizes, _ = case_of(case)
     with torch.device(device):
+        if kind is ted.Config:
+            return ted.GPT(ted.Config(**sizes)).to(dtype).train()
         return AutoModelForCausalLM.from_config(kind(**sizes), dtype=dtype).train()
+
+
+def example(case: str, ids: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """Example inputs where tedcompile needs them."""
+    return dict(input_ids=ids, labels=ids) if case_of(case)[0] is ted.Config else None
+
+
+def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    if isinstance(model, ted.GPT):
+        return model(input_ids=ids, labels=ids)
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
 def prepare(system: str, model, mesh):

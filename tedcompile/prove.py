@@ -29,6 +29,7 @@ TOKENS = (2, 64)  # at most so many sequences and positions
 NARROW = 64  # widths from which on the copy is made narrower, where its code is the same then
 LARGE = 2**26  # parameters of a module of full width, beyond which it is proven in fp32
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+CASTS = {torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default}  # `x.to(y.dtype)` is none where x has that dtype
 TRIALS = ("random tokens", "equal tokens, so that experts are idle", "other random tokens")
 
 
@@ -122,7 +123,8 @@ class _Proof:
         self, prover: Prover, path: str, dtype: torch.dtype, narrow: dict[int, int], experts: int, numbers: int
     ):
         self.recognise, self.sizes = prover.recognise, prover.sizes()
-        self.code = [n for p, n in prover.code if not path or p == path or p.startswith(path + ".")]
+        within = [n for p, n in prover.code if not path or p == path or p.startswith(path + ".")]
+        self.code = [n for n in within if n.target not in CASTS]
         self.assume = prover.captured.refusal is not None
         self.dtype, self.narrow, self.experts, self.numbers = dtype, narrow, experts, numbers
 
@@ -157,8 +159,8 @@ class _Proof:
         return ""
 
     def other_code(self, captured: Captured) -> str:
-        """How the module's part of the model's graph differs from its narrow copy's by more than sizes, if it does."""
-        own = [n for n in _copied(captured.gm).nodes if n.op == "call_function"]
+        """How the module's part of the model's graph differs from its narrow copy's by more than sizes and dtypes."""
+        own = [n for n in _copied(captured.gm).nodes if n.op == "call_function" and n.target not in CASTS]
         if len(own) != len(self.code):
             return "its code depends on its widths"
         at: dict[Node, Node] = {}
@@ -167,8 +169,11 @@ class _Proof:
         def same(a: Any, b: Any) -> bool:
             if isinstance(a, (list, tuple)):
                 return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
-            if isinstance(a, Node):  # what enters the module has one counterpart, too
-                return isinstance(b, Node) and at.setdefault(a, b) is b
+            if isinstance(a, Node) and isinstance(b, Node):  # what enters the module has one counterpart, too
+                a, b = _uncast(a), _uncast(b)
+                return at.setdefault(a, b) is b
+            if isinstance(a, torch.dtype) and isinstance(b, torch.dtype):
+                return a == b or a.is_floating_point and b == self.dtype
             if type(a) is int and type(b) is int and a != b:
                 known = learned.setdefault(a, {self.narrow.get(a, b), self.sizes.get(a, b)})
                 return b in known
@@ -215,6 +220,12 @@ def _narrower(module: nn.Module, experts: int) -> tuple[tuple[int, int], ...]:
     while ratio > 1 and any((s // ratio) % 8 for s in wide):
         ratio = next((r for r in range(ratio - 1, 0, -1) if ratio % r == 0), 1)
     return tuple((s, s // ratio) for s in wide) if ratio > 1 else ()
+
+
+def _uncast(node: Node) -> Node:
+    while node.target in CASTS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _copied(gm: GraphModule) -> Graph:

@@ -37,6 +37,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, _, name = func._schema.name.partition("::")
+        name = name.removesuffix("_out").removesuffix("_")  # Inductor reuses memory
         kind = (
             C10D.get(name)
             if namespace == "_c10d_functional"
