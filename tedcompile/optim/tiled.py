@@ -133,7 +133,8 @@ class Tiled(torch.optim.Optimizer):
         if update_on != "auto":
             return update_on == "host"
         first = self.param_groups[0]["params"][0]
-        dtype, mesh = compat.local_tensor(first).dtype, getattr(first, "device_mesh", None)
+        dtype = compat.local_tensor(first).dtype
+        mesh: Any = getattr(first, "device_mesh", None)
         state = sum(d.itemsize * c / BLOCK for d, c in tiles.master_storage(self.master, dtype))
         state += sum(stored.row_bytes / BLOCK for stored in self._storages(dtype).values())
         votes = self._number(float(choose(self.device, state, 2 * dtype.itemsize)))
