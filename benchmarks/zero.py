@@ -1,7 +1,7 @@
 """ZeRO stages on two GPUs: memory per GPU beside the formula, and the step's time beside stage 0's.
 
     torchrun --nproc-per-node 2 -m benchmarks.zero                     # all stages; --stages 0 1 for some of them
-    torchrun --nproc-per-node 2 -m benchmarks.zero --cpu --case tiny   # on gloo, to try this file
+    torchrun --nproc-per-node 2 -m benchmarks.zero --cpu --case tiny   # on gloo, uncompiled, to try this file
 
 A case of train_step.py under `TiledAdamW`: bf16 parameters and gradients, fp32 master weights and moments. Each stage
 trains the same weights on the same batches. Checked: losses stay within 2e-2 of the first stage's, and what a rank
@@ -69,7 +69,7 @@ def measure(options, stage: int, mesh, device: torch.device) -> dict[str, float 
     before = torch.cuda.memory_allocated() if gpu else 0
     model = train_step.build(options.case, torch.bfloat16, device)
     start = time.perf_counter()
-    model = tedcompile.parallelize(model, mesh, zero=stage)
+    model = tedcompile.parallelize(model, mesh, zero=stage, backend="inductor" if gpu else "eager")
     optimizer = TiledAdamW(model.parameters(), lr=1e-4)
     data = train_step.batches(options.case, tedcompile.data_rank(mesh), device)
     losses, whole, partial, first = [], [], [], 0.0

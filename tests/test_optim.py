@@ -78,13 +78,25 @@ def test_updates_are_torchs(name, clip):
 
 
 def test_fp32_and_offload():
-    a, b, c = parameters(), parameters(), parameters()
+    a, b = parameters(), parameters()
     train(b, torch.optim.AdamW(b, lr=1e-2), 8)
     optimizer = TiledAdamW(a, lr=1e-2)
     train(a, optimizer, 8)
     assert error(a, b) < 1e-6
-    train(c, TiledAdamW(c, lr=1e-2, offload="cpu", tile_bytes=1 << 16), 8)
-    assert all(map(torch.equal, a, c))
+    for place in ("device", "host", "auto"):
+        c = parameters()
+        train(c, TiledAdamW(c, lr=1e-2, offload="cpu", update_on=place, tile_bytes=1 << 16), 8)
+        assert all(map(torch.equal, a, c)), place
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_offload_leaves_parameters_without_gradients_alone(place):
+    """Their rows lie between those that are updated, in the same tiles."""
+    a, b = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    options = dict(lr=1e-2, master="split", max_grad_norm=30.0)
+    train(a, TiledAdamW(a, **options), 4, late=(0, 1))
+    train(b, TiledAdamW(b, **options, offload="cpu", update_on=place, tile_bytes=1 << 16), 4, late=(0, 1))
+    assert all(map(torch.equal, a, b))
 
 
 def test_master_weights():
@@ -254,6 +266,7 @@ def test_other_rules_descend(rule):
     "options, message",
     [
         (dict(offload="disk"), "offload cannot be 'disk'; choose None or 'cpu'"),
+        (dict(update_on="gpu"), "update_on cannot be 'gpu'; choose 'auto' or 'device' or 'host'"),
         (dict(moments="fp8"), "moments cannot be 'fp8'"),
         (dict(max_grad_norm=0.0), "max_grad_norm must be positive"),
         (dict(tile_bytes=1), "tile_bytes must be at least"),

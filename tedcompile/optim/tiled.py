@@ -2,7 +2,8 @@
 
 A step reads the gradients once for their norm (when it clips or looks for inf and nan), makes the step's numbers in
 one small kernel, and runs the rule's kernel over each bucket: a handful of launches, whatever the number of tensors.
-Nothing waits for the device: a skipped step is a flag that the kernels read.
+Nothing waits for the device, unless offloaded state is updated on the host: a skipped step is a flag that the kernels
+read.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch.distributed.tensor import DTensor
 from tedcompile import compat
 from tedcompile.optim import rules, tiles
 from tedcompile.optim.flat import Bucket, Slot, copies, share
-from tedcompile.optim.offload import Stager
+from tedcompile.optim.offload import Array, Stager, choose
 from tedcompile.optim.tiles import BLOCK, LAUNCH
 
 GRAD, VERSION = attrgetter("grad"), attrgetter("_version")
 CHOICES = {"master": ("fp32", "split"), "moments": ("fp32", "bf16", "int8"), "offload": (None, "cpu")}
+CHOICES["update_on"] = ("auto", "device", "host")
 
 
 @dataclass(eq=False)
@@ -55,6 +57,9 @@ class Tiled(torch.optim.Optimizer):
         rule: the update.
         tile_bytes: the size of a tile where tiles are gathered (ZeRO) or staged (offload): a step needs at most two.
         offload: "cpu" keeps master weights and moments in host memory.
+        update_on: where offloaded state is updated: on the "device", through which it streams, on the "host", to which
+            gradients go and from which parameters come, or where rates measured at the start say that it takes less
+            time ("auto"). The two round alike, not bit by bit.
         master: beside bf16 and fp16 parameters, fp32 weights ("fp32"), or for bf16 the 16 bits that they lack
             ("split", as exact, 2 bytes a parameter less).
         moments: how states are stored: "fp32", "bf16" or "int8" (block-wise).
@@ -73,13 +78,15 @@ class Tiled(torch.optim.Optimizer):
         *,
         tile_bytes: int = 64 << 20,
         offload: str | None = None,
+        update_on: str = "auto",
         master: str = "fp32",
         moments: str = "fp32",
         max_grad_norm: float | None = None,
         check_finite: bool = True,
         **numbers: Any,
     ):
-        for name, value in (("offload", offload), ("master", master), ("moments", moments)):
+        chosen = dict(offload=offload, update_on=update_on, master=master, moments=moments)
+        for name, value in chosen.items():
             if value not in CHOICES[name]:
                 raise ValueError(f"{name} cannot be {value!r}; choose {' or '.join(map(repr, CHOICES[name]))}")
         for name in numbers.keys() - rule.defaults.keys():
@@ -100,7 +107,8 @@ class Tiled(torch.optim.Optimizer):
         self._check = check_finite or max_grad_norm is not None
         self._skipped, self._zero = self._number(0.0), self._number(0.0)
         self.grad_norm = self._number(math.nan)
-        self._stager = Stager(self.device, tile_bytes) if offload else None
+        self.on_host = bool(offload) and self._on_host(update_on)
+        self._stager = Stager(self.device, tile_bytes, self.on_host) if offload else None
         self._prepare, self._names = tiles.prepare_kernel(rule, self.device)
         for number in range(len(self.param_groups)):
             self._build(number)
@@ -119,6 +127,21 @@ class Tiled(torch.optim.Optimizer):
             self._build(len(self.param_groups) - 1)
 
     # ---- flat memory
+
+    def _on_host(self, update_on: str) -> bool:
+        """Where offloaded state is updated: the same on all ranks, for the two kernels round differently."""
+        if update_on != "auto":
+            return update_on == "host"
+        first = self.param_groups[0]["params"][0]
+        dtype = compat.local_tensor(first).dtype
+        mesh: Any = getattr(first, "device_mesh", None)
+        state = sum(d.itemsize * c / BLOCK for d, c in tiles.master_storage(self.master, dtype))
+        state += sum(stored.row_bytes / BLOCK for stored in self._storages(dtype).values())
+        votes = self._number(float(choose(self.device, state, 2 * dtype.itemsize)))
+        for axis in range(mesh.ndim if mesh is not None else 0):
+            if mesh.size(axis) > 1:
+                dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=mesh.get_group(axis))
+        return bool(votes)
 
     def _number(self, value: float) -> Tensor:
         return torch.full((), value, dtype=torch.float64, device=self.device)
@@ -198,7 +221,7 @@ class Tiled(torch.optim.Optimizer):
         bucket = kept.bucket
         bucket.read()
         masters = tiles.master_storage(self.master, bucket.dtype)
-        for start, rows, own in bucket.tiles() if masters else ():
+        for start, rows, own in self._chunks(kept) if masters else ():
             param, array = bucket.param[start : start + rows], kept.arrays[0][own : own + rows]
             stored = array.to(param.device, copy=False)
             value = param.to(torch.float32)
@@ -232,8 +255,7 @@ class Tiled(torch.optim.Optimizer):
                 slot.touched = True
             slot.touched = slot.touched or mine._version > 0
             active.append(grad is not None and slot.touched)
-        for source, target in zip(sources, targets, strict=True):
-            target.copy_(source)
+        compat.foreach_copy(targets, sources)
         if tuple(active) != self._active:
             self._active, self._all = tuple(active), all(active)
             self._set_clocks()
@@ -323,23 +345,41 @@ class Tiled(torch.optim.Optimizer):
 
     def _update(self, kept: Kept) -> None:
         bucket = kept.bucket
-        clocks = self.clocks[bucket.group_number]
-        kernel = tiles.update_kernel(self.rule, self._names, self.master, self.moments, bucket.dtype, self.device)
-        finish = None
-        parts = [(start, rows, [a[own : own + rows] for a in kept.arrays]) for start, rows, own in bucket.tiles()]
-        stream = self._stager.stream([p[2] for p in parts]) if self._stager else iter([p[2] for p in parts])
-        for (start, rows, _), arrays in zip(parts, stream, strict=True):
+        where = torch.device("cpu") if self.on_host else self.device
+        kernel = tiles.update_kernel(self.rule, self._names, self.master, self.moments, bucket.dtype, where)
+        scalars = [clock.scalars.to(where) for clock in self.clocks[bucket.group_number]]
+        parts = list(bucket.tiles())
+        transfers: list[Callable[[], None]] = []  # of the last two tiles at most
+
+        def send(start: int, rows: int) -> None:
+            transfers.append(bucket.send(start, rows))
+            if len(transfers) == 2:  # the one before ran beside this tile's update
+                transfers.pop(0)()
+
+        for i, (grad, param, *arrays) in enumerate(self._arrays(kept, parts)):
+            if i:  # the tile before is back on the device, if it was not there
+                send(*parts[i - 1][:2])
+            start, rows, _ = parts[i]
             for first, last, clock in kept.runs:
                 a, b = max(first, start) - start, min(last, start + rows) - start
                 if a < b:
-                    grad, param = bucket.grad[start + a : start + b], bucket.param[start + a : start + b]
-                    kernel([clocks[clock].scalars, grad, param, *(x[a:b] for x in arrays)])
-            sent = bucket.send(start, rows)
-            if finish:  # of the tile before: its transfer ran beside this update
-                finish()
-            finish = sent
-        if finish:
-            finish()
+                    kernel([scalars[clock], grad[a:b], param[a:b], *(x[a:b] for x in arrays)])
+        send(*parts[-1][:2])
+        transfers.pop()()
+
+    def _arrays(self, kept: Kept, parts: list[tuple[int, int, int]]) -> Iterator[list[Tensor]]:
+        """Each tile's gradient, parameter and what is kept, where it is updated."""
+        bucket = kept.bucket
+        near = [[flat[start : start + rows] for flat in (bucket.grad, bucket.param)] for start, rows, _ in parts]
+        far = [[a[own : own + rows] for a in kept.arrays] for _, rows, own in parts]
+        if self._stager is None:
+            yield from (n + f for n, f in zip(near, far, strict=True))
+        elif not self.on_host:
+            staged = self._stager.stream([[Array(x) for x in f] for f in far])
+            yield from (n + f for n, f in zip(near, staged, strict=True))
+        else:
+            staged = self._stager.stream([[Array(grad, written=False), Array(param)] for grad, param in near])
+            yield from (n + f for n, f in zip(staged, far, strict=True))
 
     # ---- checkpoints
 

@@ -57,7 +57,7 @@ def _encode_bf16(x: Tensor, bits: Tensor) -> tuple[Tensor]:
 
 def _encode_signed(x: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.abs().amax(-1, keepdim=True) / 127
-    code = (x * (1 / scale.clamp(min=1e-38)) + bits * 2.0**-16).floor()
+    code = (x * (1 / scale.clamp(min=1e-38)) + bits.to(torch.float32) * 2**-16).floor()
     return code.clamp(-127, 127).to(torch.int8), scale
 
 

@@ -55,6 +55,7 @@ def our_optimizer(case: OptimizerCase, params):
         lr=LEARNING_RATES[case.rule],
         max_grad_norm=CLIP if case.clip else None,
         offload=case.offload,
+        update_on="device" if case.rule == "sgd" else "host",
         tile_bytes=1 << 16,  # many tiles, also of these small models
     )
 
