@@ -1,6 +1,7 @@
-"""Writes the README's tables from benchmarks/results/*.json: python -m benchmarks.readme
+"""Writes the README's tables from benchmarks/results/*.json and tests/parity/*.md: python -m benchmarks.readme
 
-The table of NAME.json goes between <!-- NAME --> and <!-- /NAME -->.
+The table of NAME.json goes between <!-- NAME --> and <!-- /NAME -->, that of styles and families between
+<!-- recognised --> and <!-- /recognised -->.
 """
 
 from __future__ import annotations
@@ -127,6 +128,46 @@ def paper(part: str) -> str:
     return f"{text}\n\nAssumed: {'; '.join(found['assumptions'])}."
 
 
+PARITY = HERE.parent / "tests" / "parity"
+COLUMNS = ["", "number", "captured", "recognised", "experts split over ep", "same losses and gradients"]
+
+
+def written(name: str) -> list[dict[str, str]]:
+    """The rows of the table of a markdown file."""
+    lines = [line for line in (PARITY / name).read_text().splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def recognised() -> str:
+    """Styles by kind and families, in numbers; the families by name, and those that fail, by reason."""
+    kinds: dict[str, list[dict[str, str]]] = {}
+    for row in written("STYLES.md"):
+        kinds.setdefault(row[""].partition(". ")[2], []).append(row)
+    lines = [
+        [kind, len(rows), *(sum(r[k] == "yes" for r in rows) for k in ("captured", "recognised")),
+         sum("ep" in r["experts split over"] for r in rows), sum(r["parity"] == "yes" for r in rows)]
+        for kind, rows in kinds.items()
+    ]  # fmt: skip
+    families = written("FAMILIES.md")
+    trained = [r for r in families if r["result"] != "cannot"]
+    passed = [r for r in trained if r["result"].startswith("pass")]
+    split = sum(r["captured"] == "yes" and len(set(r["experts over ep"].split(" of "))) == 1 for r in trained)
+    lines.append(["families of transformers", len(trained), *(sum(r[k] == "yes" for r in trained)
+                  for k in ("captured", "recognised")), split, len(passed)])  # fmt: skip
+    names = ", ".join(r["model type"] for r in passed)
+    text = [
+        tabulate(lines, COLUMNS, tablefmt="github"),
+        "",
+        f"{len(passed)} of {len(trained)} families pass: {names}.",
+        "",
+    ]
+    for what, verdict in (("Those that do not", "FAILED"), ("transformers itself cannot train", "cannot")):
+        if rows := [r for r in families if r["result"] == verdict]:
+            text += [f"{what}:", "", *(f"- {r['model type']}: {r['reason']}" for r in rows), ""]
+    return "\n".join(text).rstrip()
+
+
 def main() -> None:
     readme = HERE.parent / "README.md"
     text = readme.read_text()
@@ -138,10 +179,12 @@ def main() -> None:
     tables["many_gpus"] = many_gpus
     tables["moe_layer"] = moe_layer
     tables["mesh_runs_options"] = functools.partial(steps, "mesh_runs", OPTIONS, layers=True)
+    tables["recognised"] = recognised
     tables |= {f"paper_{part}": functools.partial(paper, part) for part in PAPER}
     for name, table in tables.items():
         files = {"paper": "paper", "mesh": "mesh_runs"}
-        if (HERE / "results" / f"{files.get(name.partition('_')[0], name)}.json").exists():
+        source = HERE / "results" / f"{files.get(name.partition('_')[0], name)}.json"
+        if (source if name != "recognised" else PARITY / "FAMILIES.md").exists():
             begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
             text = re.sub(f"(?s){begin}.*{end}", lambda _: f"{begin}\n{table()}\n{end}", text)  # noqa: B023
     readme.write_text(text)

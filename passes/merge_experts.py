@@ -10,6 +10,7 @@ parameter in the order of the experts. `Batched` makes (E, n, ...) of values (n,
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 
@@ -230,8 +231,11 @@ class Merge:
             if dims == {0} and order == list(range(self.experts)) and shape(source)[0] == self.experts:
                 return source
         unbound = nodes[0].target is operator.getitem and source.target is aten.unbind.int
-        if unbound and (*source.args, 0)[1] == 0 and [n.args[1] for n in nodes] == list(range(self.experts)):
-            return source.args[0]
+        parts = nodes[0].target is operator.getitem and source.target in (aten.chunk.default, aten.split.Tensor)
+        if (unbound or parts) and [n.args[1] for n in nodes] == list(range(self.experts)):
+            whole, dim = source.args[0], (*source.args[2 if parts else 1 :], 0)[0]
+            if dim == 0 and shape(whole)[0] == self.experts:
+                return self.add(aten.unsqueeze.default, (whole, 1), nodes[0]) if parts else whole
         return None
 
     def along(self, nodes: tuple[Node, ...]) -> Node:
@@ -243,6 +247,8 @@ class Merge:
         up = lambda d: d if d < 0 else d + 1
         if first.target is aten.t.default:
             return self.add(aten.transpose.int, (x, 1, ndim), first)
+        if first.target is aten.squeeze.dim and x.target is aten.unsqueeze.default and x.args[1] == up(rest[0]):
+            return x.args[0]
         if first.target in (aten.transpose.int, aten.squeeze.dim, aten.select.int):
             return self.add(
                 first.target,
@@ -332,10 +338,8 @@ class Batched(Merge):
 
     def matmul(self, rows: Node, weight: Node, first: Node) -> Node:
         size = list(shape(rows))
-        if any(s != 1 for s in size[1:-2]):
-            raise Differs(f"{first.name} is a product of more than rows", first)
         if len(size) == 3:
             return self.add(aten.bmm.default, (rows, weight), first)
-        flat = self.add(aten.reshape.default, (rows, [size[0], *size[-2:]]), first)
+        flat = self.add(aten.reshape.default, (rows, [size[0], math.prod(size[1:-1]), size[-1]]), first)
         y = self.add(aten.bmm.default, (flat, weight), first)
         return self.add(aten.reshape.default, (y, [*size[:-1], shape(y)[-1]]), first)

@@ -23,16 +23,22 @@ from tedcompile.passes import chunk_tokens, drop_duplicates
 def run(gm: GraphModule, ctx) -> None:
     if ctx.shape["ept"] == 1:
         return
-    for node in gm.graph.nodes:
-        if node.target is ops.permute.default:
-            block = Block.of(node)
-            reason = refusal(block, ctx.shape.ep, ctx)
-            dispatch = None if reason else _plan(ctx, block)
-            if dispatch:
-                for n in (node, *block.leaves, *block.body):
-                    n.meta["dispatch"] = dispatch
-            elif reason and ctx.shape.ep > 1:
-                ctx.replicated.append((node, reason))
+    blocks = [Block.of(n) for n in gm.graph.nodes if n.target is ops.permute.default]
+    reasons = [refusal(block, ctx.shape.ep, ctx) for block in blocks]
+    whole: dict[Node, str] = {}  # weights of a block that stays whole
+    while True:
+        found = {w: r for block, r in zip(blocks, reasons) if r for w in block.weights if w is not None} | whole
+        if len(found) == len(whole):
+            break
+        whole = found
+        reasons = [r or next((whole[w] for w in b.weights if w in whole), "") for b, r in zip(blocks, reasons)]
+    for block, reason in zip(blocks, reasons):
+        dispatch = None if reason else _plan(ctx, block)
+        if dispatch:
+            for n in (block.permute, *block.leaves, *block.body):
+                n.meta["dispatch"] = dispatch
+        elif reason and ctx.shape.ep > 1:
+            ctx.replicated.append((block.permute, reason))
 
 
 def _plan(ctx, block: Block) -> Dispatch | None:

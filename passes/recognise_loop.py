@@ -33,7 +33,8 @@ from tedcompile.passes.merge_experts import Differs, Merge
 from tedcompile.passes.recognise_sorted import _static, _zeros, combine
 
 READS = {aten.index.Tensor, aten.index_select.default}
-WRITES = {aten.index_add.default, aten.index_put.default}
+WRITES = {aten.index_add.default, aten.index_put.default, aten.index_copy.default}
+BY_DIM = {aten.index_select.default, aten.index_add.default, aten.index_copy.default}  # (values, dim, positions, ...)
 FOUND = {aten.nonzero.default, aten.nonzero_numpy.default, aten.where.default}
 STEPS = {operator.getitem, aten.select.int, aten.squeeze.dim, aten.squeeze.default, aten.view.default,
          aten.reshape.default, aten.unbind.int, aten.flatten.using_ints, aten.detach.default}  # fmt: skip
@@ -81,7 +82,7 @@ def _of_data(node: Node) -> bool:
 
 
 def _positions(node: Node) -> list[Node]:
-    if node.target in (aten.index_select.default, aten.index_add.default):
+    if node.target in BY_DIM:
         return [node.args[2]]
     return [i for i in node.args[1] if i is not None]
 
@@ -140,9 +141,10 @@ class _Loop:
         return list(found)
 
     def numbers(self) -> list[int]:
-        """How many experts there may be: so many times the loop reads the same value."""
+        """How many experts there may be: so many times the loop reads the same value, or more often by a factor, as a
+        loop for each slot does."""
         counts = Counter(n.args[0] for n in self.gm.graph.nodes if n.target in READS and _of_data(n))
-        found = sorted({c for c in counts.values() if c > 1})
+        found = sorted({d for c in counts.values() for d in range(2, c + 1) if c % d == 0}, reverse=True)
         if not found:
             raise Differs("nothing is read by more than one expert")
         return found
@@ -199,7 +201,7 @@ class _Loop:
     def lead(self, node: Node, number: int) -> list[int] | None:
         """The sizes of the dims that are indexed."""
         size = shape(node.args[0])
-        if node.target in (aten.index_select.default, aten.index_add.default):
+        if node.target in BY_DIM:
             return [size[0]] if node.args[1] == 0 else None
         given = list(node.args[1])
         skip = 0
@@ -243,7 +245,8 @@ class _Loop:
             if write.args[1] != 0 or write.kwargs:
                 raise Differs(f"{write.name} scales what it adds", write)
             return write.args[3]
-        value, adds = write.args[2], len(write.args) > 3 and write.args[3]
+        copies = write.target is aten.index_copy.default
+        value, adds = write.args[3 if copies else 2], not copies and len(write.args) > 3 and write.args[3]
         if adds:
             return value
         if value.target is aten.add.Tensor and not value.kwargs:
@@ -251,7 +254,7 @@ class _Loop:
             if len(old) == 1 and self.reads.get(old[0]) == self.slots(write)[0]:  # type: ignore[index]
                 return value.args[1 - value.args.index(old[0])]
         base = write
-        while base.target is aten.index_put.default:
+        while base.target in (aten.index_put.default, aten.index_copy.default):
             base = base.args[0]
         if base.target not in EMPTY and not _zeros(base):
             raise Differs(f"{write.name} overwrites a value that is not empty", write)
@@ -268,20 +271,39 @@ class _Loop:
 
     def kept(self, merge: Merge, index: Node, like: Node) -> Node:
         """1 for each slot (T*K, 1) whose token the loop reads, 0 where its masks leave the token out."""
-        mask = _positions(next(iter(self.reads)))[0]
-        while mask.target in STEPS | FOUND | READS and not self.of_experts(mask):
-            mask = mask.args[0]
-        if not self.of_experts(mask):
+        firsts = {e: n for n, e in reversed(self.reads.items())}
+        masks, limits = zip(*(self.mask(_positions(firsts[e])[0]) for e in range(self.experts)))
+        if len(set(masks)) == 1 and len(set(limits)) == 1 and self.of_experts(masks[0]):
+            rows = merge.add(aten.reshape.default, (masks[0], [self.experts, self.tokens]))
+            table = merge.add(aten.ne.Scalar, (merge.add(aten.transpose.int, (rows, 0, 1)), 0))
+        elif len(set(limits)) == 1 and all(_static(m.meta["val"]) and shape(m) == (self.tokens,) for m in masks):
+            table = merge.add(aten.ne.Scalar, (merge.add(aten.stack.default, (list(masks), 1)), 0))
+        else:
             raise Differs(
-                f"it leaves tokens out, and {mask.name} {list(shape(mask))} is not a mask of {self.experts} experts "
-                f"and {self.tokens} tokens"
+                f"it leaves tokens out, and {masks[0].name} {list(shape(masks[0]))} is not a mask of {self.experts} "
+                f"experts and {self.tokens} tokens"
             )
-        rows = merge.add(aten.reshape.default, (mask, [self.experts, self.tokens]))
-        table = merge.add(aten.ne.Scalar, (merge.add(aten.transpose.int, (rows, 0, 1)), 0))
+        if limits[0] is not None:  # the first ones of each expert
+            place = merge.add(aten.cumsum.default, (table, 0))
+            table = merge.add(aten.logical_and.default, (table, merge.add(aten.le.Scalar, (place, limits[0]))))
         found = merge.add(aten.gather.default, (table, 1, merge.add(aten.to.dtype, (index, torch.int64))))
         return merge.add(
             aten.to.dtype, (merge.add(aten.reshape.default, (found, [self.tokens * self.k, 1])), like.meta["val"].dtype)
         )
+
+    def mask(self, positions: Node) -> tuple[Node, int | None]:
+        """What an expert's positions are found in, and how many of the first ones are taken."""
+        limit = None
+        while positions.target in STEPS | FOUND | READS | {aten.slice.Tensor} and not self.of_experts(positions):
+            if positions.target is aten.slice.Tensor:
+                if limit is not None or positions.args[1:3] != (0, 0) or positions.args[4:] not in ((), (1,)):
+                    break
+                limit = positions.args[3]
+            value = positions.meta["val"]
+            if _static(value) and value.dtype == torch.bool and value.shape == (self.tokens,):
+                break
+            positions = positions.args[0]
+        return positions, limit
 
     def of_experts(self, mask: Node) -> bool:
         value = mask.meta["val"]

@@ -5,6 +5,7 @@ What a user writes:
     y = torch.cat([expert(chunk) for chunk, expert in zip(rows.chunk(E), experts)])     # chunks of places
     for e, expert in enumerate(experts):                                                # every expert on every token
         out = out + scores[:, e, None] * expert(x)
+    y = torch.stack([expert(x) for expert in experts], dim=1)
     y = torch.cat([expert(part) for part, expert in zip(rows.split(counts.tolist()), experts)])    # sorted rows
 
 After:  y = bmm(silu(bmm(rows (E, n, H), w1)), w2), with stacked weights, which `recognise_products` reads;
@@ -33,7 +34,7 @@ def run(gm: GraphModule, ctx) -> None:
     for node in list(gm.graph.nodes):
         if node.target not in (aten.cat.default, aten.stack.default, aten.add.Tensor) or not node.users:
             continue
-        for attempt in (_chunks, _sorted) if node.target is not aten.add.Tensor else (_sum,):
+        for attempt in (_chunks, _sorted, _stack) if node.target is not aten.add.Tensor else (_sum,):
             before = set(gm.graph.nodes)
             try:
                 with gm.graph.inserting_before(node):
@@ -42,7 +43,7 @@ def run(gm: GraphModule, ctx) -> None:
                 for n in reversed(gm.graph.nodes):
                     if n not in before:
                         gm.graph.erase_node(n)
-                if str(error) and attempt is not _sum:  # sums are everywhere
+                if str(error) and attempt not in (_sum, _stack):  # sums are everywhere
                     at = source_line(node) or module_path(node)
                     ctx.unfit.append(str(error))
                     ctx.replicated.append((node, f"the modules at {at} are not experts of one form: {error}"))
@@ -164,9 +165,6 @@ def _sum(gm: GraphModule, ctx, node: Node) -> Node | None:
     if x is None:
         return None
     merge = Batched(gm, ctx, E, {}, experts[0])
-    tokens = merge.add(aten.reshape.default, (x, [-1, shape(x)[-1]])) if len(shape(x)) > 2 else x
-    if tokens is not x:
-        return None
     whole = merge.add(aten.expand.default, (merge.add(aten.unsqueeze.default, (x, 0)), [E, *shape(x)]))
     merge.entries[(x,) * E] = lambda: whole
     merge.rows = whole
@@ -174,7 +172,7 @@ def _sum(gm: GraphModule, ctx, node: Node) -> Node | None:
     for group in zip(*own):
         if len(set(group)) == 1:
             continue
-        if any(len(shape(g)) != 2 or shape(g) != (shape(x)[0], 1) for g in group):
+        if any(shape(g) != (*shape(x)[:-1], 1) for g in group):
             raise Differs("")
         merge.entries[group] = lambda group=group: merge.add(aten.stack.default, (list(group), 0))
     y = merge.value(tuple(experts))
@@ -184,6 +182,26 @@ def _sum(gm: GraphModule, ctx, node: Node) -> Node | None:
     return out
 
 
+def _stack(gm: GraphModule, ctx, node: Node) -> Node | None:
+    """stack, on any dim, of what every module makes of one value (..., H)."""
+    parts = list(node.args[0])
+    weights = [_weights(p) for p in parts]
+    if node.target is not aten.stack.default or len(parts) < 2 or not all(weights) or len(set(weights)) < len(parts):
+        return None
+    x = _shared(parts)
+    if x is None or any(_walk(p, lambda n: n is x) != [x] for p in parts):
+        return None
+    merge = Batched(gm, ctx, len(parts), {}, parts[0])
+    whole = merge.add(aten.expand.default, (merge.add(aten.unsqueeze.default, (x, 0)), [len(parts), *shape(x)]))
+    merge.entries[(x,) * len(parts)] = lambda: whole
+    merge.rows = whole
+    y = merge.value(tuple(parts))
+    at = (*node.args[1:], 0)[0] % len(shape(node))
+    for dim in range(at):
+        y = merge.add(aten.transpose.int, (y, dim, dim + 1))
+    return y
+
+
 def _weights_differ(node: Node) -> bool:
     a, b = (node.args + (None, None))[:2]
     return isinstance(a, Node) and isinstance(b, Node) and _has_weights(b)
@@ -191,11 +209,11 @@ def _weights_differ(node: Node) -> bool:
 
 def _independent(n: Node, x: Node) -> bool:
     """A value, such as a score, that no expert's weights and x have made together."""
-    return len(shape(n)) == 2 and shape(n)[1] == 1 if isinstance(n.meta.get("val"), torch.Tensor) else False
+    return isinstance(n.meta.get("val"), torch.Tensor) and shape(n) == (*shape(x)[:-1], 1)
 
 
 def _shared(experts: list[Node]) -> Node | None:
-    """The tokens (T, H) that every term multiplies its first weights with."""
+    """The tokens (..., H) that every term multiplies its first weights with."""
     found = []
     for term in experts:
         inputs = set()
@@ -212,7 +230,7 @@ def _shared(experts: list[Node]) -> Node | None:
             pending.extend(n.all_input_nodes)
         found.append(inputs)
     common = set.intersection(*found) if found else set()
-    common = {c for c in common if len(shape(c)) == 2}
+    common = {c for c in common if len(shape(c)) > 1}
     return next(iter(common)) if len(common) == 1 else None
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import operator
+import string
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def _rewrite(gm: GraphModule, ctx, node: Node) -> None:
             after.append(n)
     problem = "nothing sums what its experts make of each token"
     ends: list[tuple[Node, Any]] = [
-        (end, style) for end in after for style in ((_Gathered,) if index is not None else (_OneHot, _Dense))
+        (end, style) for end in after for style in ((_Gathered,) if index is not None else (_OneHot, _Chosen, _Dense))
     ]
     if index is None:
         ends += [(end, _Places) for end in reversed(after)]
@@ -128,9 +129,17 @@ def _gathered(a: Node) -> tuple[Node, Node] | None:
 
 
 def _fold_einsums(graph) -> None:
-    """Products of three or more operands two by two, from the left."""
+    """Products of three or more operands two by two, from the left; dots become letters."""
     for node in list(graph.nodes):
-        if node.target is not aten.einsum.default or len(node.args[1]) < 3:
+        if node.target is not aten.einsum.default:
+            continue
+        if "..." in node.args[0]:
+            inputs = node.args[0].replace(" ", "").partition("->")[0].split(",")
+            dots = {len(shape(a)) - len(i) + 3 for i, a in zip(inputs, node.args[1]) if "..." in i}
+            if len(dots) == 1:
+                free = [c for c in string.ascii_letters if c not in node.args[0]]
+                node.args = (node.args[0].replace("...", "".join(free[: dots.pop()])), *node.args[1:])
+        if len(node.args[1]) < 3:
             continue
         if "->" not in node.args[0] or "." in node.args[0]:
             continue
@@ -401,28 +410,29 @@ class _Gathered(_Block):
         return n.target is aten.sum.dim_IntList and len(shape(n.args[0])) >= 3 and list(n.args[1]) in ([1], [-2])
 
     def summed(self, n: Node):
-        """(rows, weights) of "tkh,tk->th"."""
+        """(rows, weights with the slots last or first, which of both) of "tkh,tk->th", with any dims of tokens."""
         equation = n.args[0].replace(" ", "")
-        for (a, b), (x, y) in (((0, 1), n.args[1]), ((1, 0), n.args[1][::-1])) if len(n.args[1]) == 2 else ():
-            letters = equation.split("->")[0].split(",")
-            out = equation.split("->")[1] if "->" in equation else ""
-            la, lb = letters[a], letters[b]
-            if (
-                len(la) == 3
-                and set(lb) == set(la[:2])
-                and len(lb) == 2
-                and len(out) == 2
-                and out[1] == la[2]
-                and out[0] in la[:2]
-            ):
-                return x, y, la, lb, out
+        if "->" not in equation or len(n.args[1]) != 2:
+            return None
+        inputs, out = equation.split("->")
+        letters = inputs.split(",")
+        for i in (0, 1):
+            of_rows, of_weights = letters[i], letters[1 - i]
+            slot = set(of_rows) - set(out)
+            if len(slot) == 1 and out and out == of_rows.replace(k := slot.pop(), "") and out[-1] == of_rows[-1]:
+                for last in (True, False):
+                    if of_weights == (out[:-1] + k if last else k + out[:-1]):
+                        return n.args[1][i], n.args[1][1 - i], last
         return None
 
     def leave(self, n: Node) -> Node:
         if n.target is aten.einsum.default:
-            x, w, la, lb, out = self.summed(n)
+            x, w, last = self.summed(n)
+            if math.prod(shape(w)) != self.slots:
+                raise Differs(f"{n.name} sums other dims than the slots of a token", n)
             y = self.rows_of(x)
-            w = w if lb[0] == out[0] else self.add(aten.transpose.int, (w, 0, 1))
+            w = self.add(aten.reshape.default, (w, [self.tokens, self.k] if last else [self.k, self.tokens]))
+            w = w if last else self.add(aten.transpose.int, (w, 0, 1))
             return self.add(ops.unpermute.default, (y, self.perm, self.order, w))
         size = shape(n.args[0])
         if size[0] * size[1] != self.slots or size[1] != self.k:
@@ -447,24 +457,29 @@ class _Dense(_Gathered):
             )
         self.x = x
         self.tokens = math.prod(shape(x)[:-1])
-        self.k = self.experts
-        self.slots = self.number = self.tokens * self.experts
+        self.number = self.tokens * self.experts
         if self.tokens == self.experts:
             raise Differs(f"{self.tokens} tokens are as many as experts, and cannot be told from them")
         self.own = [x]
+        self.index = self.choose()
+        self.k = shape(self.index)[1]
+        self.slots = self.tokens * self.k
+        self.dispatch(x, self.index)
+        self.entries = {n for n in self.gm.graph.nodes if n.target in COPIES and _source(n) is x and self.copies(n)}
+
+    def choose(self) -> Node:
+        """The experts (T, k) whose results count."""
         val = self.node.meta["val"].new_empty((self.experts,), dtype=torch.int64)
         each = graphs.call(self.gm.graph, aten.arange.default, (self.experts,), self.like, val)
         each = self.add(aten.expand.default, (self.add(aten.unsqueeze.default, (each, 0)), [self.tokens, -1]))
-        self.index = self.add(aten.contiguous.default, (each,))
-        self.dispatch(x, self.index)
-        self.entries = {n for n in self.gm.graph.nodes if n.target in COPIES and _source(n) is x and self.copies(n)}
+        return self.add(aten.contiguous.default, (each,))
 
     def copies(self, n: Node) -> bool:
         """A value (E, T, H) or (E*T, H) that holds every token for every expert."""
         size = shape(n)
         return (
             size[-1] == shape(self.x)[-1]
-            and math.prod(size[:-1]) == self.slots
+            and math.prod(size[:-1]) == self.number
             and _is_copy(n, self.x, torch.arange(self.tokens).repeat(self.experts))
         )
 
@@ -497,31 +512,77 @@ class _Dense(_Gathered):
         return (a, tail) if shape(a)[0] == self.experts else None
 
     def foreign(self, a: Node, whole: tuple) -> Node:
-        size, E, T = list(shape(a)), self.experts, self.tokens
-        if size[:2] == [E, T]:
-            slots = self.add(aten.transpose.int, (a, 0, 1))
-        elif size[:2] == [T, E]:
-            slots = a
-        elif size[0] == E * T:
-            slots = self.add(aten.transpose.int, (self.add(aten.reshape.default, (a, [E, T, *size[1:]])), 0, 1))
+        size, rest = list(shape(a)), self.rest(a)
+        lead = size[: len(size) - len(rest)]
+        if lead[:1] in ([self.experts], [self.number]):
+            slots = self.add(aten.reshape.default, (a, [self.experts, self.tokens, *rest]))
+            slots = self.add(aten.transpose.int, (slots, 0, 1))
+        elif lead[-1:] == [self.experts]:
+            slots = self.add(aten.reshape.default, (a, [self.tokens, self.experts, *rest]))
         else:
             raise Differs(f"{a.name} is no value of each token and expert", a)
-        rest = self.rest(a)
+        slots = self.chosen(slots, rest)
         slots = self.add(aten.reshape.default, (slots, [self.slots, *rest]))
         return self.add(ops.take.default, (slots, self.order, self.back))
+
+    def chosen(self, table: Node, rest: list[int]) -> Node:
+        """Of a value (T, E, ...), the entries of the experts that count."""
+        return table
 
     def ends(self, n: Node) -> bool:
         if n.target is aten.einsum.default:
             return bool(self.summed(n))
-        return n.target is aten.sum.dim_IntList and len(shape(n.args[0])) == 3 and len(n.args[1]) == 1
+        if n.target in (aten.bmm.default, aten.matmul.default):  # scores (T, 1, E) and results (T, E, H)
+            a, b = (shape(a) if isinstance(a, Node) else () for a in n.args)
+            return len(a) == len(b) == 3 and a[1] == 1 and a[2] == b[1] == self.experts
+        return n.target is aten.sum.dim_IntList and len(shape(n.args[0])) >= 3 and len(n.args[1]) == 1
 
     def leave(self, n: Node) -> Node:
+        if n.target in (aten.bmm.default, aten.matmul.default):
+            w, y = n.args
+            if self.inside(w) or not self.inside(y) or shape(y)[0] != self.tokens:
+                raise Differs(f"{n.name} is no weighted sum over the experts", n)
+            w = self.add(aten.reshape.default, (w, [self.tokens, self.experts]))
+            return self.add(ops.unpermute.default, (self.rows_of(y), self.perm, self.order, w))
         if n.target is aten.einsum.default:
             return super().leave(n)
-        size, dim = shape(n.args[0]), n.args[1][0] % 3
-        if dim > 1 or size[dim] != self.experts or size[0] * size[1] != self.slots:
+        size = shape(n.args[0])
+        dim = n.args[1][0] % len(size)
+        if dim not in (0, len(size) - 2) or size[dim] != self.experts or math.prod(size[:-1]) != self.number:
             raise Differs(f"{n.name} sums other dims than the experts", n)
         return self.scaled(self.rows_of(n.args[0]))
+
+
+class _Chosen(_Dense):
+    """Every expert on every token, and then the results of some: only those are computed."""
+
+    style = "every expert on every token, some results of which are chosen"
+
+    def ends(self, n: Node) -> bool:
+        if n.target is aten.gather.default and n.args[1] == 1 and len(shape(n.args[0])) == 3:
+            index = n.args[2]
+            while index.target in COPIES:
+                index = index.args[0]
+            self.picked, self.places = index, n.args[2]
+            return shape(n)[2] == shape(n.args[0])[2] and math.prod(shape(index)) == math.prod(shape(n)[:2])
+        return False
+
+    def choose(self) -> Node:
+        index = self.add(aten.reshape.default, (self.picked, [self.tokens, -1]))
+        ids = torch.arange(math.prod(shape(self.picked)))
+        spread = graphs.evaluate(self.places, {self.picked: ids.reshape(shape(self.picked))})
+        if not torch.equal(spread, ids.reshape(self.tokens, -1, 1).expand(spread.shape)):
+            raise Differs(f"{self.places.name} is no choice of experts for each token")
+        return index
+
+    def chosen(self, table: Node, rest: list[int]) -> Node:
+        spread = self.add(aten.reshape.default, (self.index, [*shape(self.index), *[1] * len(rest)]))
+        return self.add(aten.gather.default, (table, 1, self.add(aten.expand.default, (spread, [-1, -1, *rest]))))
+
+    def leave(self, n: Node) -> Node:
+        if shape(n.args[0])[:2] != (self.tokens, self.experts) or not self.inside(n.args[0]):
+            raise Differs(f"{n.name} chooses from something else", n)
+        return self.add(ops.take.default, (self.rows_of(n.args[0]), self.back, self.order))
 
 
 class _OneHot(_Dense):
@@ -608,16 +669,16 @@ class _Places(_Block):
 
     def prepare(self) -> None:
         x = self.product_operands(self.node)[0]
-        if len(shape(x)) != 3 or shape(x)[0] != self.experts or not all(isinstance(s, int) for s in shape(x)):
+        if len(shape(x)) < 3 or shape(x)[0] != self.experts or not all(isinstance(s, int) for s in shape(x)):
             raise Differs(f"{x.name} is no value of each expert's places", x)
         if x.meta.get("weights_only"):
             raise Differs(f"{x.name} is a weight", x)
         self.x, self.entries = x, {x}
-        self.number = self.experts * shape(x)[1]
+        self.number = math.prod(shape(x)[:-1])
         self.own = [x]
         val = x.meta["val"].new_empty((self.number,), dtype=torch.int64)
         place = graphs.call(self.gm.graph, aten.arange.default, (self.number,), self.like, val)
-        expert = self.add(aten.floor_divide.default, (place, shape(x)[1]))
+        expert = self.add(aten.floor_divide.default, (place, self.number // self.experts))
         self.dispatch(x, self.add(aten.unsqueeze.default, (expert, 1)))
 
     def convert(self, n: Node) -> Node:
@@ -634,7 +695,7 @@ class _Places(_Block):
     def ends(self, n: Node) -> bool:
         """The last product of at least two, and the bias behind it."""
         value = n.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.dim() != 3 or shape(n)[:2] != shape(self.node)[:2]:
+        if not isinstance(value, torch.Tensor) or value.dim() < 3 or shape(n)[:-1] != shape(self.node)[:-1]:
             return False
         last = n
         if n.target is aten.add.Tensor:

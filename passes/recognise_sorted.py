@@ -249,9 +249,11 @@ class _Block:
             for u in list(n.users):
                 if u.target is ops.grouped_mm.default and u.args[2] is n and late[u] > late[back]:
                     u.args = (u.args[0], u.args[1], counts)
-                elif u.target is aten.index_add.default and role == "token" and u.args[1:3] == (0, n) and not u.kwargs:
-                    if shape(u)[0] == tokens:
+                elif u.target is aten.index_add.default and u.args[1:3] == (0, n) and not u.kwargs:
+                    if role == "token" and shape(u)[0] == tokens:
                         add_to_tokens(u, u.args[3])
+                    elif role == "slot" and shape(u)[0] == self.rows and _zeros(u.args[0]):
+                        swap(u, ops.take.default, (u.args[3], back, order))
                 elif u.target is aten.index_put.default and list(u.args[1]) == [n]:
                     adds = len(u.args) > 3 and u.args[3]
                     slot = role == "slot" or (role == "token" and self.k == 1)

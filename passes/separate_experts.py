@@ -1,7 +1,10 @@
-"""Experts held as separate modules: one stacked parameter in the graph, E parameters in the model.
+"""Experts held as separate modules, or packed along one dim: one parameter (E, ...) in the graph, others in the model.
 
 Before:  w = placeholder("experts.*.w1.weight") (E, I, H), which `stack` made of E parameters (I, H)
 After:   w = own_experts(stack([experts.0.w1.weight, ...]), dim, ep, "ep")
+
+Before:  w = placeholder("w1.*") (E, I, H), which `unpack` made of view(w1 (E*I, H), [E, I, H])
+After:   w = view(w1, [E/ep, I, H]);  where tp splits I, w = slice(view(...), 1, "tp") of a parameter whole over tp
 
 Every pass in between sees one parameter whose first dim are the experts. The model keeps its E parameters under their
 own names. No placement of DTensors says "whole, on one rank", so over ep each of them is split on a dim of its own
@@ -9,6 +12,7 @@ that ep divides and tp has left (`Shard`, like FSDP: state_dict, optimizers, cli
 exchanges weights for weights: every rank sends its part of each expert to the rank that computes it, and in the
 backward the gradients travel back. That moves the size of one rank's experts a step; stacked experts move nothing.
 A parameter that no dim can split stays whole over ep, and each rank reads the experts it computes.
+Parameters that something else reads too, such as a penalty on weights, are not taken: nothing would gather them for it.
 """
 
 from __future__ import annotations
@@ -20,29 +24,54 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tedcompile import graphs
-from tedcompile.layouts import R, S, aten
+from tedcompile.layouts import R, S, aten, shape
 from tedcompile.ops import ops
+
+VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int}
 
 
 def stack(graph: Graph, ctx, parameters: Sequence[Node]) -> Node:
     """One placeholder (E, ...) for E parameters of one shape, in the order of the experts."""
-    names = [p.meta["role"][1] for p in parameters]
-    name = _common(names)
     for node in graph.nodes:
         if node.meta.get("separate") == list(parameters):
             return node
-    first = next(iter(graph.nodes))
-    with graph.inserting_before(first):
+    size = (len(parameters), *parameters[0].meta["val"].shape)
+    return _parameter(graph, ctx, _common([p.meta["role"][1] for p in parameters]), size, "separate", list(parameters))
+
+
+def _parameter(graph: Graph, ctx, name: str, size: tuple, kind: str, of: list[Node]) -> Node:
+    with graph.inserting_before(next(iter(graph.nodes))):
         node = graph.placeholder("stacked_" + name.replace(".", "_").replace("*", "e"))
-    value = parameters[0].meta["val"]
-    node.meta = {
-        "role": ("parameter", name), "separate": list(parameters),
-        "val": value.new_empty((len(parameters), *value.shape)),
-    }  # fmt: skip
+    node.meta = {"role": ("parameter", name), kind: of, "val": of[0].meta["val"].new_empty(size)}
     graphs.set_facts(node)
     if ctx.fixed is not None:
         ctx.fixed[node] = (ctx.decided or {}).get(name, {}).get("tp", R)
     return node
+
+
+def unpack(gm: GraphModule, ctx) -> None:
+    """Packed parameters become one (E, ...) each; stacked ones that are read by something else are stacked in full."""
+    graph = gm.graph
+    graph.eliminate_dead_code()
+    numbers = {n.args[2] for n in graph.nodes if n.target is ops.permute.default}
+    for node in list(graph.nodes):
+        if any(p.users for p in node.meta.get("separate", ())):
+            parameters = node.meta["separate"]
+            last = max(parameters, key=list(graph.nodes).index)
+            with graph.inserting_before(_after_placeholders(graph, last)):
+                whole = graphs.call(graph, aten.stack.default, (parameters,), last)
+            node.replace_all_uses_with(whole)
+            graph.erase_node(node)
+        elif node.op == "placeholder" and node.meta["role"][0] == "parameter" and node.users:
+            views = list(node.users)
+            sizes = {tuple(shape(v)) for v in views if v.target in VIEWS}
+            if len(sizes) == 1 and all(v.target in VIEWS for v in views):
+                ((experts, *rest),) = sizes
+                if experts in numbers and rest and (experts * rest[0], *rest[1:]) == shape(node) != (experts, *rest):
+                    new = _parameter(graph, ctx, f"{node.meta['role'][1]}.*", (experts, *rest), "packed", [node])
+                    for view in views:
+                        view.replace_all_uses_with(new)
+                        graph.erase_node(view)
 
 
 def _common(names: Sequence[str]) -> str:
@@ -55,6 +84,8 @@ def _common(names: Sequence[str]) -> str:
 def run(gm: GraphModule, ctx) -> None:
     graph = gm.graph
     for node in list(graph.nodes):
+        if "packed" in node.meta:
+            _pack(graph, ctx, node)
         parameters = node.meta.get("separate")
         if parameters is None:
             continue
@@ -85,6 +116,27 @@ def run(gm: GraphModule, ctx) -> None:
         node.replace_all_uses_with(value)
         graph.erase_node(node)
     graph.lint()
+
+
+def _pack(graph: Graph, ctx, node: Node) -> None:
+    (parameter,) = node.meta["packed"]
+    placements = dict(node.meta.get("placements", {}))
+    ctx.stacked[node.meta["role"][1]] = placements
+    inner = {axis: p for axis, p in placements.items() if p.dim == 1}
+    held = {axis: S(max(p.dim - 1, 0), p.sections) for axis, p in placements.items() if axis not in inner}
+    local = list(shape(node))
+    for axis, p in placements.items():
+        local[p.dim] //= 1 if axis in inner else ctx.shape[axis]
+    with graph.inserting_before(_after_placeholders(graph, parameter)):
+        value = graphs.call(graph, aten.view.default, (parameter, local), parameter, node.meta["val"])
+        value.meta["layout"] = R if inner else node.meta.get("layout", R)
+        for axis, p in inner.items():
+            args = (value, 1, ctx.shape[axis], list(p.sections), axis)
+            value = graphs.call(graph, ops.slice.default, args, parameter, node.meta["val"])
+            value.meta["layout"] = p
+    parameter.meta |= {"placements": held, "layout": held.get("tp", R)}
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
 
 
 def _read(graph: Graph, value: Node, number: int, axis: str, like: Node) -> Node:

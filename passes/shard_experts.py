@@ -34,8 +34,10 @@ def run(gm: GraphModule, ctx) -> None:
             if dispatch is not None:
                 _dispatch(gm, Block.of(node), ctx.shape, dispatch.axis)
     gm.graph.eliminate_dead_code()
+    # what a stacked or packed parameter stands for is laid out with it (`separate_experts`)
+    inner = {p for n in gm.graph.nodes for p in (*n.meta.get("separate", ()), *n.meta.get("packed", ()))}
     for node in gm.graph.nodes:
-        parameter = node.meta.get("role", ("",))[0] == "parameter"
+        parameter = node.meta.get("role", ("",))[0] == "parameter" and node not in inner
         if parameter and ctx.fixed_axis(node, "ep") and "ep" not in node.meta.get("placements", {}):
             why = "; ".join(dict.fromkeys(reason for _, reason in ctx.replicated))
             raise ValueError(

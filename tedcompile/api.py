@@ -99,7 +99,7 @@ def parallelize(
     for name, value in captured.constants.items():
         if value.is_meta:
             raise ValueError(f"the tensor {name} of the model has no values on the meta device: make it a buffer")
-    runtime.decided = pipeline.placements(gm)
+    runtime.decided = pipeline.placements(gm) | ctx.stacked
     pipeline.require_axes(gm, ctx)
     if runtime.groups.rank["data"] == runtime.groups.rank["tp"] == 0:
         for what, reason in dict.fromkeys((re.sub(r"\d+", "*", pipeline.where(n)), r) for n, r in ctx.replicated):

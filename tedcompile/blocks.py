@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from tedcompile import layouts
+from tedcompile.capture import source_line
 from tedcompile.layouts import Call, D, NoRule, R, aten, shape
 from tedcompile.ops import ops
 from tedcompile.plan import CHAIN
@@ -110,12 +111,30 @@ def _weight(a: Node) -> Node | None:
     return a if a.meta.get("role", ("",))[0] == "parameter" else None
 
 
+def _other_reader(weight: Node) -> Node | None:
+    """What reads a weight and does not do it expert by expert: it would see this rank's experts for all."""
+    pending = list(weight.users)
+    while pending:
+        n = pending.pop()
+        if n.target in PER_EXPERT:
+            continue
+        if n.target not in CHAIN:
+            return n
+        pending.extend(n.users)
+    return None
+
+
 def refusal(block: Block, ranks: int, ctx) -> str:
     """Why a block cannot be dispatched over `ranks` ranks; empty where it can."""
     experts = block.experts
     for reader, weight in zip(block.readers, block.weights):
         if weight is None or shape(weight)[0] != experts:
             return f"{reader.name} reads per-expert values that are not a parameter of {experts} experts"
+    for weight in block.weights:
+        assert weight is not None
+        if other := _other_reader(weight):
+            at = source_line(other) or other.name
+            return f"{weight.meta['role'][1]} is read by something else, too, at {at}"
     if experts % ranks:
         sizes = [n for n in range(2, experts + 1) if experts % n == 0]
         return f"{experts} experts do not divide over ep={ranks}; ep = {', '.join(map(str, sizes))} would"

@@ -6,6 +6,7 @@ wrong factor). A difference of gradients is the norm of the difference relative 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -79,6 +80,43 @@ def train_plain(
         optimizer.zero_grad()
     updates = {n: p.detach() - initial[n] for n, p in model.named_parameters()}
     return Reference(losses, *({n: t.cpu() for n, t in d.items()} for d in (initial, gradients, updates)))
+
+
+@dataclass
+class Sensitivity:
+    """How much the plain model itself changes by one rounding of its weights, in the measures of `differences`."""
+
+    loss: float
+    gradients: dict[str, float]
+    updates: dict[str, float]
+
+
+def sensitivity(
+    model: nn.Module, batch: Batches, data_world: int, steps: int, rate: float, of: Reference, tolerance: float
+) -> Sensitivity:
+    """Trains copies of the plain model whose weights are each one rounding away (half a unit in the last place).
+
+    A program that rounds at other places cannot be nearer to the plain one than the plain one is to these. `tolerance`
+    is that of `differences`.
+    """
+    found = Sensitivity(0.0, dict.fromkeys(of.gradients, 0.0), dict.fromkeys(of.updates, 0.0))
+    for seed in range(2):
+        moved = copy.deepcopy(model)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in moved.parameters():
+                if p.is_floating_point():
+                    sign = torch.randint(2, p.shape, generator=generator).to(p.device) * 2 - 1
+                    p.copy_(p.double() * (1 + sign.double() * torch.finfo(p.dtype).eps / 2))
+        other = train_plain(moved, batch, data_world, steps, rate)
+        pairs = [(a, b) for found_, of_ in zip(other.losses, of.losses) for a, b in zip(found_, of_)]
+        found.loss = max(found.loss, *(loss_difference(a, b) for a, b in pairs))
+        by_gradient = differences(other.gradients, of.gradients)
+        by_update = differences(other.updates, of.updates, of.initial, steps, tolerance)
+        for worst, errors in ((found.gradients, by_gradient), (found.updates, by_update)):
+            for name, error in errors.items():
+                worst[name] = max(worst[name], error)
+    return found
 
 
 def zeros_if_none(gradient: Tensor | None, like: Tensor) -> Tensor:

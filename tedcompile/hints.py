@@ -85,6 +85,10 @@ class Assumed(torch.overrides.TorchFunctionMode):
         if (func is torch.where and len(args) == 1) or (func in NONZERO and kwargs.pop("as_tuple", False)):
             found = args[0].nonzero()  # torch gives the tuple the example's sizes
             return tuple(found.select(1, i) for i in range(args[0].dim()))
+        if func is Tensor.numpy and args[0].dim() == 1 and not args[0].is_floating_point():  # counts
+            func = Tensor.tolist
+        if func is Tensor.tolist and args[0].dim() == 1 and not isinstance(args[0].shape[0], int):
+            return args[0]  # positions, which index as a tensor as well
         if func is Tensor.__format__ and args[0].dim() == 0:  # an expert's name
             return format(int(args[0]), args[1])
         if func is torch.select and isinstance(args[2], torch.SymInt):

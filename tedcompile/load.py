@@ -74,19 +74,27 @@ def _read_config(path: Path) -> Any:
 
 
 def from_config(config: Any, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> torch.nn.Module:
-    """The causal language model of a transformers configuration."""
+    """The causal or sequence-to-sequence language model of a transformers configuration."""
+    auto = auto_class(config)
+    try:
+        with torch.device(device):
+            return auto.from_config(config, dtype=dtype)
+    except Exception as error:
+        raise ValueError(f"a model of type {config.model_type!r} cannot be built: {first_line(error)}") from error
+
+
+def auto_class(config: Any) -> Any:
+    """What makes models of a transformers configuration. Raises TypeError and ValueError where there is nothing."""
     transformers = _transformers()
     if not isinstance(config, getattr(transformers, "PreTrainedConfig", transformers.PretrainedConfig)):
         raise TypeError(
             f"model must be an nn.Module, a transformers configuration or a name, got {type(config).__name__}"
         )
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"transformers has no causal language model of type {config.model_type!r}")
-    try:
-        with torch.device(device):
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:
-        raise ValueError(f"a model of type {config.model_type!r} cannot be built: {first_line(error)}") from error
+    classes = [transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM]
+    for auto in classes[::-1] if config.is_encoder_decoder else classes:
+        if type(config) in auto._model_mapping:
+            return auto
+    raise ValueError(f"transformers has no causal or sequence-to-sequence language model of type {config.model_type!r}")
 
 
 def _call(file: Path, function: str, device: str) -> tuple[torch.nn.Module, Any]:

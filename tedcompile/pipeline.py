@@ -45,6 +45,7 @@ FORWARD: list[tuple[str, Callable[[GraphModule, Any], None]]] = [
     ("recognise_modules", recognise_modules.run),
     ("recognise_products", recognise_products.run),
     ("recognise_sorted", recognise_sorted.run),
+    ("unpack_experts", separate_experts.unpack),
     ("causal_mask", causal_mask.run),
     ("expand_random", randomness.expand),
     ("sum_buffers", sum_buffers.run),
@@ -83,7 +84,8 @@ class Context:
     `fixed`: layouts by parameter name that an earlier signature has decided. `show` makes of the graph what the record
     of the pass named `dump` keeps, before and after it. `outputs`: the number of outputs of the
     joint graph that are the forward's; `shares`: of the gradients among them, how ZeRO shares them out. `saved`: bytes
-    kept for the backward; `replay`: seconds of recomputation in it, predicted.
+    kept for the backward; `replay`: seconds of recomputation in it, predicted. `stacked`: placements of parameters that
+    only the graph has, by name.
     """
 
     shape: MeshShape

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tedcompile import frontends
-from tedcompile.load import configuration, from_config, load
+from tedcompile.load import auto_class, configuration, from_config, load
 from tedcompile.mesh import MeshShape, data_rank
 from tedcompile.processes import Failure, Pool
 from tedcompile.shrink import elements, shrink
@@ -66,14 +66,12 @@ class Trial:
         if isinstance(self.source, str):
             return load(self.source, device="cpu")
         if self.weights:
-            from transformers import AutoModelForCausalLM
-
-            model = AutoModelForCausalLM.from_pretrained(self.weights, config=self.source, dtype=self.dtype)
+            model = auto_class(self.source).from_pretrained(self.weights, config=self.source, dtype=self.dtype)
         else:
             model = from_config(self.source, self.dtype, "cpu")
             disturb(model)
         example = frontends.example_inputs(model) or {}
-        return model, {n: torch.zeros(self.batch, self.seq, dtype=x.dtype) for n, x in example.items()}
+        return model, {n: x[:1, :1].expand(self.batch, self.seq).clone() for n, x in example.items()}
 
 
 @functools.cache
@@ -97,9 +95,9 @@ def vocabulary(model: nn.Module) -> int:
 def vary(example: Any, vocab: int, seed: int) -> Any:
     """The batch of a data rank and a step (in `seed`): tensors of the example's shapes, with its own values shuffled.
 
-    Tensors of one shape are shuffled alike, so that ids and labels stay together. Masks, positions and what else takes
-    two values or is sorted stay as they are; what is of one number only (an example made for its shape) is drawn: ids
-    below `vocab`, or normal numbers.
+    Tensors of one shape are shuffled alike, so that ids and labels stay together. Masks (by name, too), positions and
+    what else takes two values or is sorted stay as they are; what is of one number only (an example made for its shape)
+    is drawn: ids below `vocab`, or normal numbers.
     """
     orders: dict[torch.Size, Tensor] = {}
     drawn: dict[torch.Size, Tensor] = {}
@@ -123,6 +121,8 @@ def vary(example: Any, vocab: int, seed: int) -> Any:
             orders[x.shape] = torch.randperm(len(flat), generator=generator)
         return flat[orders[x.shape]].view(x.shape)
 
+    if isinstance(example, dict):
+        return {name: x if "mask" in str(name) else tree_map(change, x) for name, x in example.items()}
     return tree_map(change, example)
 
 

@@ -124,7 +124,7 @@ def test_a_users_function(file, capsys):
         (["mixtral", "tp=2"], "explain has no use for 'tp=2'"),
         (["--mesh", "tp=2"], "the following arguments are required: MODEL"),
         (["mixtral", "--mesh", "tp=2", "--batch", "one"], "argument --batch: invalid int value: 'one'"),
-        (["vit", "--mesh", "tp=2"], "transformers has no causal language model of type 'vit'"),
+        (["vit", "--mesh", "tp=2"], "no causal or sequence-to-sequence language model of type 'vit'"),
     ],
 )
 def test_bad_arguments(argv, words, capsys):

@@ -25,13 +25,6 @@ def test_discovery():
     assert make_batch(0, 0)["input_ids"].max() < model.config.vocab_size
 
 
-def test_layers_show_every_kind():
-    default = dict(num_hidden_layers=6, layer_types=list("aaabab"), sparse=list("dsssss"), skipped=[0, 1, 2])
-    changed = families.shrunk(default | dict(is_encoder_decoder=False), 8)
-    assert changed["layer_types"] == list("aab") and changed["sparse"] == list("dss")
-    assert changed["num_hidden_layers"] == 3 and changed["skipped"] == [0, 1]
-
-
 class Capacity(nn.Module):
     """Switch: one expert a token, of each sequence only the first ones; experts have names, only hit ones run."""
 

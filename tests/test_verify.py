@@ -2,6 +2,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +48,29 @@ def build():
 def unreduced():
     reduce_gradients.run = lambda gm, ctx: None
     return build()
+
+
+def one_unreduced():
+    run = reduce_gradients.run
+
+    def without_the_first(gm, ctx):
+        every = ctx.gradients
+        ctx.gradients = {i: every[i] for i in sorted(every)[1:]}
+        run(gm, ctx)
+        ctx.gradients = every
+
+    reduce_gradients.run = without_the_first
+    return build()
+
+
+def half():
+    model, batch = build()
+    return model.bfloat16(), {"x": batch["x"].bfloat16()}
+
+
+def half_unreduced():
+    one_unreduced()
+    return half()
 
 
 def dies():
@@ -108,6 +134,35 @@ def test_an_unreduced_gradient(file, capsys):
     assert {p["drift"] for p in found["parameters"]} == {"dp"}
     assert "The first losses agree" in found["diagnosis"][0]
     assert found["diagnosis"][1].startswith("They differ as well without ")
+
+
+@pytest.mark.parametrize("function", ["one_unreduced", "half_unreduced"])
+def test_one_unreduced_gradient_names_its_module(file, capsys, function):
+    assert main(["verify", f"{file}:{function}", "--mesh", "dp=2", "--no-diagnosis"]) == 1
+    out = capsys.readouterr().out
+    (row,) = (line for line in out.splitlines() if line.endswith("DIFFERS") and not line.startswith("loss"))
+    assert row.startswith("layers.* ") and "weight, layer 0" in row
+    assert "DIFFERS: the gradient of layers.0.weight differs by" in out
+
+
+def test_half_precision_compiled_under_torchrun(file):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python"]
+    command += [str(Path(sys.executable).with_name("tedcompile")), "verify", f"{file}:half", "--mesh", "dp=2"]
+    done = subprocess.run([*command, "--backend", "inductor", "--zero", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cpu, bfloat16, inductor, zero 2" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("AGREES")  # once
+
+
+def test_an_encoder_and_a_decoder(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CONFIG_MAPPING["switch_transformers"](num_layers=2, num_decoder_layers=2, use_cache=False)
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    assert main(["verify", str(tmp_path), "--mesh", "ep=2", "--seq", "8", "--steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "expert_capacity 64 -> 3" in out and out.splitlines()[-1].startswith("AGREES")
+    assert "experts: encoder.block.*.layer split over ep\n" in out
+    assert "experts: decoder.block.*.layer split over ep\n" in out
 
 
 def test_a_rank_that_dies(file, capsys):
@@ -219,10 +274,22 @@ def test_a_shrunken_configuration_is_the_same_kind_of_model(kind):
     assert (new["num_key_value_heads"] == new["num_attention_heads"]) == (
         old["num_key_value_heads"] == old["num_attention_heads"]
     )
-    if kind == "deepseek_v3":  # three dense layers and a sparse one
-        assert new["num_hidden_layers"] == 4 and new["first_k_dense_replace"] == 3 and new["n_group"] > 1
+    if kind == "deepseek_v3":  # a dense layer and a sparse one
+        assert new["num_hidden_layers"] == 2 and new["first_k_dense_replace"] == 1 and new["n_group"] > 1
     if kind == "gpt_oss":
         assert new["layer_types"] == ["sliding_attention", "full_attention"]
+
+
+def test_layers_show_every_kind():
+    """The fewest layers that have an entry of every list; where their places decide as well, the first ones."""
+    transformers = pytest.importorskip("transformers")
+    lists = dict(layer_types=[*["sliding_attention"] * 3, "full_attention", "sliding_attention", "full_attention"])
+    config = transformers.CONFIG_MAPPING["gpt_oss"](num_hidden_layers=6, **lists)
+    small, _ = shrink(config, MeshShape(1, 2, 2))
+    assert small.layer_types == ["sliding_attention", "full_attention"] and small.num_hidden_layers == 2
+    config = transformers.CONFIG_MAPPING["qwen3_moe"](num_hidden_layers=6, mlp_only_layers=[0, 1, 3])
+    small, _ = shrink(config, MeshShape(1, 2, 2))
+    assert small.num_hidden_layers <= 3 and 0 < len(small.mlp_only_layers) < small.num_hidden_layers
 
 
 def test_what_no_axis_divides_stays_so():
@@ -235,11 +302,12 @@ def test_batches_of_other_ranks_and_steps():
     example = {
         "ids": ids, "labels": ids + 1, "mask": torch.ones(2, 8, dtype=torch.bool),
         "positions": torch.arange(8).expand(2, 8).contiguous(), "only_a_shape": torch.zeros(2, 4, dtype=torch.int64),
-        "x": torch.randn(2, 8), "scale": 2.0,
+        "x": torch.randn(2, 8), "scale": 2.0, "attention_mask": torch.ones(2, 8, dtype=torch.int64),
     }  # fmt: skip
     a, b = (vary(example, 11, seed) for seed in (0, 1))
     assert not a["ids"].equal(b["ids"]) and a["ids"].sort().values.ne(0).any()
     assert a["labels"].equal(a["ids"] + 1)
-    assert a["positions"].equal(example["positions"]) and a["mask"].all() and a["scale"] == 2.0
+    assert a["positions"].equal(example["positions"]) and a["mask"].all() and a["attention_mask"].eq(1).all()
+    assert a["scale"] == 2.0
     assert a["only_a_shape"].min() >= 0 and 0 < a["only_a_shape"].max() < 11
     assert vary(example, 11, 0)["x"].equal(a["x"]) and not a["x"].equal(b["x"])

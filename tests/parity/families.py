@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 import torch
 from tabulate import tabulate
 
+from tedcompile import shrink
 from tests import families, models
 from tests.families import Family
 from tests.parity import harness
 from tests.parity.harness import GRADIENT_TOLERANCE, STEPS, Case, Pool, worst
 
-MESH = (1, 2, 2)
+MESH = tuple(families.MESH.as_dict().values())
 PART = 0.9  # of the families, which must pass
 HEADERS = ["model type", "class", "captured", "recognised", "experts over ep", "dense over tp", "loss", "gradient",
            "update", "s", "result", "reason"]  # fmt: skip
@@ -89,7 +90,7 @@ def look(family: Family) -> Seen:
     over_ep = [n for n in family.experts if "ep" in split.get(n, {})]
     seen.experts = (len(over_ep), len(family.experts))
     seen.dense = sum(
-        "tp" in split.get(n, {}) and p.dim() == 2 and n not in family.experts and models.VOCAB not in p.shape
+        "tp" in split.get(n, {}) and p.dim() == 2 and n not in family.experts and shrink.VOCAB not in p.shape
         for n, p in model.named_parameters()
     )
     # other products than those of the experts, such as those of heads, may stay as written
@@ -184,6 +185,8 @@ def main() -> int:
     parser.add_argument("--no-processes", action="store_true", help="capture and passes only, in this process")
     parser.add_argument("--write", type=pathlib.Path, metavar="FILE", help="the markdown file to write")
     options = parser.parse_args()
+    if options.write and options.no_processes:
+        parser.error("only what has run on processes is written")
     transformers.logging.set_verbosity_error()
 
     rows, start = [], time.monotonic()
@@ -191,7 +194,7 @@ def main() -> int:
         for family in families.discovered(options.models or ()):
             began = time.monotonic()
             seen = look(family)
-            result = {}
+            result = {"ok": options.no_processes}
             if seen.captured and not options.no_processes:
                 (result,) = pool.run([FamilyCase(f"hf:{family.name}", MESH)])
             rows.append(row(family, seen, result, began))
