@@ -76,6 +76,8 @@ def _read_config(path: Path) -> Any:
 def from_config(config: Any, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> torch.nn.Module:
     """The causal or sequence-to-sequence language model of a transformers configuration."""
     auto = auto_class(config)
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id or 0  # transformers 5 keeps it elsewhere
     try:
         with torch.device(device):
             return auto.from_config(config, dtype=dtype)
