@@ -23,7 +23,7 @@ from tedcompile import data
 from tedcompile import weights as weights_
 from tedcompile.capture import layer_of
 from tedcompile.lazy import Lazy
-from tedcompile.load import from_config, load
+from tedcompile.load import configuration, from_config, load
 from tedcompile.save import write_folder
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of a configuration
@@ -141,7 +141,7 @@ def utilisation(folder: str, paths: Sequence[str], batches: int, seq: int) -> di
         del sequences
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     counts = {path: torch.zeros(_number(model.config), dtype=torch.int64) for path in _blocks(model)}
-    base, layers = model.base_model, {layer_of(path) for path in counts}
+    base, layers, dtype = model.base_model, {layer_of(path) for path in counts}, configuration(folder).dtype
     made = dict(weights_._initialised(model, source.planned.made, 0, device))
 
     def fill(root: torch.nn.Module, inside: bool) -> list[tuple[dict, str, Tensor]]:
@@ -156,7 +156,7 @@ def utilisation(folder: str, paths: Sequence[str], batches: int, seq: int) -> di
                         continue
                     value = made[id(t)] if id(t) in made else source.planned.files[id(t)].read().to(device)
                     if isinstance(t, torch.nn.Parameter):
-                        value = value.to(model.config.dtype or value.dtype)
+                        value = value.to(dtype or value.dtype)
                         value = torch.nn.Parameter(value, requires_grad=False)
                     filled.append((slot, leaf, t))
                     slot[leaf] = value
