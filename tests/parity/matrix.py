@@ -51,8 +51,8 @@ def product() -> list[Case]:
     for i, options in enumerate(OPTIONS):
         if options:
             cases += [Case(model, (1, 2, 2), options=options) for model in models.BASE]
-            # the large models in turn
-            cases += [Case(LARGE_MODELS[(i + k) % 2], mesh, options=options) for k, mesh in enumerate(LARGE_MESHES)]
+            for k, model in enumerate(LARGE_MODELS):  # on the large meshes in turn
+                cases.append(Case(model, LARGE_MESHES[(i + k) % len(LARGE_MESHES)], options=options))
             cases += [Case("qwen3_moe", (1, 2, 4), "few_tokens", options=options)]
             cases += [Case("qwen3_moe", (1, 2, 2), backend="inductor", options=options)]
     return sorted(cases, key=lambda case: case.world)
