@@ -53,6 +53,14 @@ class Failure:
     refused: str = ""
 
 
+def start_method() -> str:
+    """How processes start: from a server that has imported the slow modules, seconds less for each of them."""
+    if torch.cuda.is_available():
+        return "spawn"
+    multiprocessing.set_forkserver_preload(SLOW_IMPORTS)
+    return "forkserver"
+
+
 class Pool:
     """`world_size` processes: gloo, with NCCL for GPUs where each rank has one. A task that raises or hangs on any rank
     is reported with tracebacks, and the next task gets new processes."""
@@ -71,9 +79,7 @@ class Pool:
         self.stop()
 
     def start(self) -> None:
-        # Forking from a server that has imported the slow modules: seconds less for each process.
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        context.set_forkserver_preload(SLOW_IMPORTS)
+        context = multiprocessing.get_context(start_method())
         self.stacks = tempfile.TemporaryDirectory()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import tedcompile
+from tedcompile import processes
 from tests import models
 
 MODELS = {
@@ -53,4 +54,4 @@ def test_bit_for_bit(name):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(run, args=(port, name), nprocs=4)
+    mp.start_processes(run, args=(port, name), nprocs=4, start_method=processes.start_method())

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tedcompile
+from tedcompile import processes
 from tests import models
 
 
@@ -343,4 +344,5 @@ def test_contract(function):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(run, args=(CASES[function], port, function), nprocs=CASES[function])
+    world = CASES[function]
+    mp.start_processes(run, args=(world, port, function), nprocs=world, start_method=processes.start_method())
