@@ -28,6 +28,9 @@ class ParallelTrainer(Trainer):
         model._is_accelerate_prepared = True  # Accelerate takes it as it is
         super().__init__(model, **options)
 
+    def _move_model_to_device(self, model, device):
+        pass  # it is there, and DTensors take long to say so
+
     def get_tp_size(self) -> int:
         return self.mesh["tp"].size()
 

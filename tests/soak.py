@@ -63,7 +63,8 @@ def write_pieces(path, *args):
         die()
     return write(path, *args)
 
-TiledAdamW.step, dist.all_to_all_single, checkpoint._write_pieces = step, all_to_all_single, write_pieces
+if restart:
+    TiledAdamW.step, dist.all_to_all_single, checkpoint._write_pieces = step, all_to_all_single, write_pieces
 """
 
 

@@ -155,7 +155,7 @@ class Recipe:
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=4,
-            strategy=recipe.strategy(SIZES),
+            strategy=recipe.Strategy(SIZES),
             max_steps=STEPS,
             accumulate_grad_batches=ACCUMULATE,
             enable_checkpointing=False,
