@@ -197,8 +197,9 @@ def accuracy(device: Device) -> dict[str, dict[str, float]]:
     return {name: {"error": apart(p, default), "error_fp64": apart(p, exact)} for name, p in made.items()}
 
 
-def link_bandwidth(device: Device, size: int = 1 << 30) -> float:
+def link_bandwidth(device: Device) -> float:
     """Bytes a second in each direction, both at once, of pinned host memory."""
+    size = 1 << (30 if device.gpu else 24)
     host = [torch.zeros(size, dtype=torch.uint8, pin_memory=device.gpu) for _ in range(2)]
     there = [torch.zeros(size, dtype=torch.uint8, device=device.name) for _ in range(2)]
     streams = [torch.cuda.Stream() for _ in range(2)] if device.gpu else []

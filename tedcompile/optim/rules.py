@@ -38,16 +38,16 @@ class Rule:
 
 
 def _bias_corrections(h: Numbers) -> Numbers:
-    root = (1 - h["beta2"] ** h["step"]).sqrt()
+    unbias = 1 / (1 - h["beta2"] ** h["step"]).sqrt()
     size = h["lr"] / (1 - h["beta1"] ** h["step"])
     decay = 1 - h["lr"] * h["weight_decay"]
-    return dict(h, root=root, size=size, decay=decay, w1=1 - h["beta1"], w2=1 - h["beta2"])
+    return dict(h, unbias=unbias, size=size, decay=decay, w1=1 - h["beta1"], w2=1 - h["beta2"])
 
 
 def _adam(p: Tensor, g: Tensor, state: State, h: Numbers) -> tuple[Tensor, State]:
     m = state["exp_avg"] + (g - state["exp_avg"]) * h["w1"]
     v = state["exp_avg_sq"] * h["beta2"] + g * g * h["w2"]
-    return p - h["size"] * m / (v.sqrt() / h["root"] + h["eps"]), {"exp_avg": m, "exp_avg_sq": v}
+    return p - h["size"] * m / (v.sqrt() * h["unbias"] + h["eps"]), {"exp_avg": m, "exp_avg_sq": v}
 
 
 def _adamw(p, g, state, h):
