@@ -112,7 +112,8 @@ def train(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     tiled = {key: chosen.pop(key) for key in ("master", "moments") if key in chosen}
     example = train_step.example(options.case, data[0][0])
-    model = tedcompile.parallelize(model, mesh, example_inputs=example, **chosen)
+    backend = "eager" if options.eager else "inductor"
+    model = tedcompile.parallelize(model, mesh, example_inputs=example, backend=backend, **chosen)
     if shape.world == 1:
         initial = [p.to_local().detach().to("cpu", copy=True) for p in model.parameters()]
     waited = 0.0
@@ -514,6 +515,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=260.0, help="for everything")
     parser.add_argument("--cpu", action="store_true", help="a tiny model on gloo")
     parser.add_argument("--meta", action="store_true", help=argparse.SUPPRESS)  # the model is initialised by its parts
+    parser.add_argument("--eager", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)  # and the collectives' bytes
     parser.add_argument("--data", type=int, nargs="+", default=[2], help=argparse.SUPPRESS)  # ranks that one GPU acts
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import tedcompile
 from benchmarks import many_gpus, mesh_runs, ted, train_step
 from tedcompile import prove
 from tedcompile.cost import Block, candidates
@@ -69,14 +68,15 @@ def test_ted_parameters():
         )
 
 
-def test_a_wide_bf16_block_is_proven_narrow(monkeypatch):
-    """A cast that the copy in fp32 does not need is no other code; full widths would need many gigabytes."""
+def test_predicted_memory_of_a_block_that_is_proven_narrow(monkeypatch):
+    """Parameters and gradients (4 bytes), states (12) over the copies; and full widths, gigabytes, are never made: a
+    cast that the proof's copy in fp32 does not need is no other code."""
     copied, copy = [], prove._copy
     monkeypatch.setattr(prove, "_copy", lambda *args: copied.append(args[2]) or copy(*args))
-    model = train_step.build("ted:num_hidden_layers=2,vocab_size=256", torch.bfloat16, torch.device("meta"))
-    ids = torch.empty(4, 2048, dtype=torch.int64, device="meta")
-    found = tedcompile.explain(model, "ep=2,tp=2", example_inputs=train_step.example("ted", ids))
+    case = "ted:num_hidden_layers=2,vocab_size=256,batch=1"
+    found = many_gpus.predicted_bytes(case, "ep=2,tp=2 zero=1", "NVIDIA H100 80GB HBM3")
     assert copied and all(copied), "proven at full width"
-    assert not any("ffn" in r["module"] and "router" not in r["module"] for r in found["replicated"]), found[
-        "replicated"
-    ]
+    H = 4096
+    experts, dense = 16 * 8 * H * H, (2 * 4 + 8) * H * H
+    inputs, tables = 2048 * 2 * 2 * H, 2048 * H * 10
+    assert found == pytest.approx(experts / 4 * 16 + dense / 2 * (4 + 12 / 2) + inputs + tables, rel=0.01)
