@@ -133,11 +133,21 @@ class _Block:
         return sorted(found, key=lambda n: len(shape(n)) < 2)
 
     def trials(self, index: Node) -> list[dict[Node, torch.Tensor]]:
+        """Uniform, skewed and equal routings; a token's experts are different, for counts may be those of a mask."""
         generator = torch.Generator().manual_seed(0)
-        size, dtype = shape(index), index.meta["val"].dtype
-        uniform = torch.randint(self.experts, size, generator=generator)
-        skewed = torch.randint(max(self.experts // 2, 1), size, generator=generator)
-        return [{index: t.to(dtype)} for t in (uniform, skewed, torch.zeros(size))]
+        size, dtype, k = shape(index), index.meta["val"].dtype, shape(index)[-1] if len(shape(index)) > 1 else 1
+
+        def draw(experts: int) -> torch.Tensor:
+            orders = torch.rand(self.rows // k, experts, generator=generator).argsort(1)
+            return orders[:, :k].reshape(size)
+
+        if k > self.experts:
+            return [{index: torch.zeros(size, dtype=dtype)}]
+        some = max(self.experts // 2, k)
+        return [
+            {index: t.to(dtype)}
+            for t in (draw(self.experts), draw(some), torch.arange(k).expand(self.rows // k, k).reshape(size))
+        ]
 
     def proves(self, index: Node) -> bool:
         try:

@@ -150,8 +150,10 @@ def shrink(config: Any, mesh: MeshShape, experts: int = 0) -> tuple[Any, list[st
     """
     old = config.to_dict()
     kind = type(config)
+    # a decoder begins with it, and default configurations leave it out
+    start = {n: old.get(n) or 0 for n in ("pad_token_id", "decoder_start_token_id") if config.is_encoder_decoder}
     try:
-        narrow = kind.from_dict(_narrow(old, mesh, experts))
+        narrow = kind.from_dict(_narrow(old | start, mesh, experts))
         small = kind.from_dict(_shorten(narrow.to_dict(), _layers(narrow)))
         from_config(copy.deepcopy(small))  # which changes it
     except Exception as error:

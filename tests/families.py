@@ -31,7 +31,7 @@ UNSET: list[tuple[str, Any]] = [
     (r".*(expert|moe)\w*intermediate_size", 96),
     (r"head_dim", lambda default: default["hidden_size"] // default["num_attention_heads"]),
     (r"layer_types", lambda default: ["conv", "full_attention"] * (default["num_hidden_layers"] // 2)),
-    (r"attn_config", {"rope_theta": 1e4, "clip_qkv": 8.0}),
+    (r"attn_config", {"rope_theta": 1e4, "clip_qkv": 8.0, "kv_n_heads": 8}),
     (r"indexer_n_heads", 4), (r"indexer_kv_heads", 1), (r"indexer_budget", 8), (r"indexer_compress_ratio", 4),
     (r"indexer_head_dim", lambda default: default["head_dim"]),
 ]  # fmt: skip
@@ -50,13 +50,11 @@ def config(name: str, experts: int = EXPERTS) -> Any:
         found = found(default) if callable(found) else found
         unset = value is None or not value and pattern in (shrink.EXPERTS, shrink.PER_TOKEN)
         if isinstance(found, dict):
-            given[field_] = found | {k: v for k, v in (value or {}).items() if v is not None}
+            given[field_] = (value or {}) | found
         elif found is not None and unset:
             given[field_] = found
         elif re.fullmatch(SWITCHES, field_):
             given[field_] = True
-    if default["is_encoder_decoder"]:
-        given |= {"pad_token_id": 0, "decoder_start_token_id": 0}
     return shrink.shrink(kind.from_dict(default | given), MESH, experts)[0]
 
 
