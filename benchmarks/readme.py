@@ -30,7 +30,7 @@ OPTIONS = {"forward_backward_ms": "forward + backward, ms", "peak_gib": "peak me
 MANY = ("step_ms", "tokens_per_s_per_gpu", "peak_gib", "worst_loss_difference")
 MANY_GPUS = {name: NAMES[name] for name in MANY} | {
     "tflops_per_gpu": "TFLOP/s per GPU", "mfu": "MFU", "forward_backward_ms": NAMES["forward_backward_ms"],
-    "predicted_ms": NAMES["predicted_ms"], "nccl_ms": "in NCCL, ms", "communication_ms": "predicted, ms",
+    "predicted_ms": NAMES["predicted_ms"], "nccl_ms": "in NCCL, ms", "communication_ms": "collectives, predicted, ms",
     "bytes_ratio": NAMES["bytes_ratio"],
 }  # fmt: skip
 LAYERS = ("qwen3_layer", "mixtral_layer")
