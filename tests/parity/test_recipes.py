@@ -142,32 +142,6 @@ class Recipe:
         assert schedule.last_epoch == STEPS
         return losses, [], model
 
-    def lightning(self, recipe):
-        import lightning
-
-        class Losses(lightning.Callback):
-            found: list[float] = []
-
-            def on_train_batch_end(self, trainer, *_):
-                self.found.append(trainer.callback_metrics["loss"].item())
-
-        module = recipe.Module(build(), SIZES, lambda ps: torch.optim.SGD(ps, lr=RATE), backend="eager")
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            devices=4,
-            strategy=recipe.Strategy(SIZES),
-            max_steps=STEPS,
-            accumulate_grad_batches=ACCUMULATE,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            logger=False,
-            callbacks=[Losses()],
-        )
-        trainer.fit(module, torch.utils.data.DataLoader(dataset(False), BATCH))
-        found = torch.tensor(Losses.found).view(STEPS, ACCUMULATE).mean(1)
-        return found.tolist(), [], module.model
-
 
 @pytest.fixture(scope="module")
 def pool():
@@ -180,7 +154,6 @@ def pool():
     [
         pytest.param("trainer", marks=[needs("accelerate"), needs("transformers", (5, 23))]),
         pytest.param("accelerate", marks=needs("accelerate")),
-        pytest.param("lightning", marks=needs("lightning")),
     ],
 )
 def test_recipe_is_the_plain_run(name, pool, tmp_path):
