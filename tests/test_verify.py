@@ -156,7 +156,8 @@ def test_half_precision_compiled_under_torchrun(file):
 
 def test_an_encoder_and_a_decoder(tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
-    config = transformers.CONFIG_MAPPING["switch_transformers"](num_layers=2, num_decoder_layers=2, use_cache=False)
+    layers = dict(num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)
+    config = transformers.CONFIG_MAPPING["switch_transformers"](**layers, use_cache=False)
     (tmp_path / "config.json").write_text(config.to_json_string())
     assert main(["verify", str(tmp_path), "--mesh", "ep=2", "--seq", "8", "--steps", "1"]) == 0
     out = capsys.readouterr().out
