@@ -372,6 +372,7 @@ def main() -> int:
     if options.list:
         print(*(f"{row.case}  {row.system}" for row in table), sep="\n")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes of its rows end, too
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
