@@ -145,7 +145,7 @@ class _Block:
             return [{index: torch.zeros(size, dtype=dtype)}]
         some = max(self.experts // 2, k)
         return [
-            {index: t.to(dtype)}
+            {index: t.to(dtype).contiguous()}
             for t in (draw(self.experts), draw(some), torch.arange(k).expand(self.rows // k, k).reshape(size))
         ]
 
