@@ -132,6 +132,7 @@ def _overlap(gm: GraphModule) -> None:
     """An all-to-all starts when its rows are there and is waited for where they are read, if a product is between."""
     graph, order = gm.graph, {n: float(i) for i, n in enumerate(gm.graph.nodes)}
     first = next((n for n in graph.nodes if n.op != "placeholder"), None)
+    products = [order[n] for n in graph.nodes if n.target in PRODUCTS]
     for node in list(graph.nodes):
         if node.target not in (ops.all_to_all.default, ops.all_to_all_like.default):
             continue
@@ -139,7 +140,7 @@ def _overlap(gm: GraphModule) -> None:
         if not readers:
             continue
         ready, reader = max(node.all_input_nodes, key=order.__getitem__), min(readers, key=order.__getitem__)
-        if not any(n.target in PRODUCTS and order[ready] < order[n] < order[reader] for n in graph.nodes):
+        if not any(order[ready] < at < order[reader] for at in products):
             continue
         x, splits, *like, axis = node.args
         with graph.inserting_before(first) if ready.op == "placeholder" else graph.inserting_after(ready):

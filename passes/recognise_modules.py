@@ -17,7 +17,7 @@ The modules' code is merged by `merge_experts`; modules that differ stay as writ
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.fx import GraphModule, Node
@@ -56,29 +56,20 @@ def run(gm: GraphModule, ctx) -> None:
 
 def _weights(node: Node) -> frozenset[Node]:
     """The parameters that a value is made of, back to where it enters."""
-    found, seen, pending = set(), set(), [node]
+    return frozenset(_each_weight(node))
+
+
+def _each_weight(node: Node) -> Iterator[Node]:
+    seen, pending = set(), [node]
     while pending:
         n = pending.pop()
         if n in seen:
             continue
         seen.add(n)
         if n.meta.get("weights_only"):
-            found.add(n)
+            yield n
         elif not _enters(n):
             pending.extend(n.all_input_nodes)
-    return frozenset(found)
-
-
-def _has_weights(node: Node) -> bool:
-    seen, pending = set(), [node]
-    while pending:
-        n = pending.pop()
-        if n.meta.get("weights_only"):
-            return True
-        if n not in seen and not _enters(n):
-            seen.add(n)
-            pending.extend(n.all_input_nodes)
-    return False
 
 
 def _enters(n: Node) -> bool:
@@ -204,7 +195,7 @@ def _stack(gm: GraphModule, ctx, node: Node) -> Node | None:
 
 def _weights_differ(node: Node) -> bool:
     a, b = (node.args + (None, None))[:2]
-    return isinstance(a, Node) and isinstance(b, Node) and _has_weights(b)
+    return isinstance(a, Node) and isinstance(b, Node) and any(True for _ in _each_weight(b))
 
 
 def _independent(n: Node, x: Node) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -56,13 +58,21 @@ def all_to_all(x, splits, axis):
 
     Rows of x beyond the counts are no rows (padding), and stay.
     """
+    return _send(x, splits, None, axis)[0]
+
+
+def _send(x: Tensor, splits: Tensor, like: Tensor | None, axis: str, async_op: bool = False) -> tuple[Tensor, Any]:
+    """What arrives, with as many rows as `like` where it is given (padding gets zeros), and what to wait for."""
     to, from_ = splits.tolist()
-    return _exchange(x[: sum(to)], x.new_empty(sum(from_), *x.shape[1:]), to, from_, axis)
+    got = sum(from_)
+    out = x.new_empty(got if like is None else like.shape[0], *x.shape[1:])
+    work = _exchange(x[: sum(to)], out[:got], to, from_, axis, async_op)
+    out[got:] = 0
+    return out, work
 
 
-def _exchange(x: Tensor, out: Tensor, to: list[int], from_: list[int], axis: str) -> Tensor:
-    dist.all_to_all_single(out, x.contiguous(), from_, to, group=groups.group_of(axis))
-    return out
+def _exchange(x: Tensor, out: Tensor, to: list[int], from_: list[int], axis: str, async_op: bool = False) -> Any:
+    return dist.all_to_all_single(out, x.contiguous(), from_, to, group=groups.group_of(axis), async_op=async_op)
 
 
 def _all_to_all_like_vjp(ctx, g):
@@ -77,11 +87,7 @@ def _all_to_all_like_vjp(ctx, g):
 )
 def all_to_all_like(x, splits, like, axis):
     """`all_to_all` whose result has as many rows as `like`: the way back, whose size is known. Padding gets zeros."""
-    to, from_ = splits.tolist()
-    out, got = x.new_empty(like.shape[0], *x.shape[1:]), sum(from_)
-    _exchange(x[: sum(to)], out[:got], to, from_, axis)
-    out[got:] = 0
-    return out
+    return _send(x, splits, like, axis)[0]
 
 
 @define("arrive(Tensor out, Tensor x, Tensor? order) -> Tensor", lambda out, x, order: (
@@ -105,13 +111,7 @@ _on_their_way: dict[int, list] = {}  # by the address of what is received
 )
 def start_all_to_all(x, splits, like, axis):
     """`all_to_all`, or `all_to_all_like` where `like` is given, that is waited for by `arrive`."""
-    to, from_ = splits.tolist()
-    got = sum(from_)
-    out = x.new_empty(got if like is None else like.shape[0], *x.shape[1:])
-    work = dist.all_to_all_single(
-        out[:got], x[: sum(to)].contiguous(), from_, to, group=groups.group_of(axis), async_op=True
-    )
-    out[got:] = 0
+    out, work = _send(x, splits, like, axis, async_op=True)
     _on_their_way.setdefault(out.data_ptr(), []).append(work)
     return out
 
@@ -153,7 +153,8 @@ def gather_rows(x, sizes, axis):
     counts = sizes.tolist()
     own = x[: counts[groups.index_in(axis)]]
     out = x.new_empty(sum(counts), *x.shape[1:])
-    return _exchange(torch.cat([own] * len(counts)), out, [own.shape[0]] * len(counts), counts, axis)
+    _exchange(torch.cat([own] * len(counts)), out, [own.shape[0]] * len(counts), counts, axis)
+    return out
 
 
 @define(
@@ -182,7 +183,8 @@ def scatter_rows(y, sizes, like, axis):
     """
     counts = sizes.tolist()
     own, size = counts[groups.index_in(axis)], len(counts)
-    parts = _exchange(y, y.new_empty(size * own, *y.shape[1:]), counts, [own] * size, axis)
+    parts = y.new_empty(size * own, *y.shape[1:])
+    _exchange(y, parts, counts, [own] * size, axis)
     out = y.new_empty(like.shape[0], *y.shape[1:])
     out[:own] = parts.view(size, own, *y.shape[1:]).sum(0)
     out[own:] = 0
