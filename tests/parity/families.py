@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 import torch
 from tabulate import tabulate
 
-from tedcompile import shrink
+from tedcompile import compare, shrink
 from tests import families, models
 from tests.families import Family
 from tests.parity import harness
-from tests.parity.harness import GRADIENT_TOLERANCE, STEPS, Case, Pool, worst
+from tests.parity.harness import GRADIENT_TOLERANCE, LEARNING_RATE, STEPS, Case, Pool
 
 MESH = tuple(families.MESH.as_dict().values())
 PART = 0.9  # of the families, which must pass
@@ -102,15 +102,10 @@ def look(family: Family) -> Seen:
 
 def sensitivity(family: Family) -> dict[str, float]:
     """How much gradients and updates of the plain model change when each weight moves by one rounding."""
-    errors = []
-    for sign in (1, -1):
-        expected, moved = (
-            harness.train_plain(f"hf:{family.name}", "plain", models.EXPERTS, MESH[0] * MESH[1], by)
-            for by in (0.0, sign * 2.0**-24)
-        )
-        errors.append((worst(moved.gradients, expected.gradients)[1],
-                       worst(moved.updates, expected.updates, expected.initial)[1]))  # fmt: skip
-    return dict(zip(("gradient", "update"), map(max, zip(*errors))))
+    case, data_world = (f"hf:{family.name}", "plain", models.EXPERTS), MESH[0] * MESH[1]
+    of = harness.train_plain(*case, data_world)
+    own = compare.sensitivity(*harness.build(*case), data_world, STEPS, LEARNING_RATE, of, GRADIENT_TOLERANCE)
+    return {"gradient": max(own.gradients.values()), "update": max(own.updates.values())}
 
 
 def judge(family: Family, seen: Seen, result: dict) -> tuple[str, str]:

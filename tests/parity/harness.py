@@ -186,12 +186,8 @@ def reference(case: Case) -> Reference:
 
 
 @functools.lru_cache(maxsize=32)
-def train_plain(name: str, scenario: str, experts: int, data_world: int, moved: float = 0.0) -> Reference:
-    """`moved`: by how much of itself each weight is another one."""
+def train_plain(name: str, scenario: str, experts: int, data_world: int) -> Reference:
     model, batch = build(name, scenario, experts)
-    if moved:
-        for p in model.parameters():
-            p.data.mul_(1 + moved * torch.rand_like(p).sub_(0.5).sign_())
 
     def idle_experts_have_no_gradient(data_rank: int, step: int) -> None:
         idle = SCENARIOS[scenario].idle(experts, data_rank)
