@@ -109,7 +109,7 @@ def measure(options, stage: int, mesh, device: torch.device) -> dict[str, float 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="qwen3_4layers", choices=train_step.CASES)
+    parser.add_argument("--case", default="qwen3_4layers", help="of train_step.py: NAME or NAME:size=number,...")
     parser.add_argument("--mesh", default="dp=2")
     parser.add_argument("--stages", type=int, nargs="+", default=list(zero.STAGES))
     parser.add_argument("--cpu", action="store_true")
@@ -124,6 +124,7 @@ def main() -> int:
     facts = {
         "versions": {"torch": torch.__version__},
         "gpu": "cpu" if options.cpu else torch.cuda.get_device_name(),
+        "clock_mhz": 0 if options.cpu else torch.cuda.clock_rate(),
         "date": datetime.date.today().isoformat(),
     }
     file, good = options.out / "zero.json", True

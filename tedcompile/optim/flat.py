@@ -82,10 +82,12 @@ class Bucket:
         self.copies = dist.get_world_size(self.group) if self.group else 1
         self.shards = 1 if self.scattered else self.copies
         self.index = dist.get_rank(self.group) if self.group else 0
-        self.parts = [t.chunk(self.copies, share(p).dim) if self.scattered else (t,) for p, t in zip(params, local)]
+        parts = [t.chunk(self.copies, share(p).dim) if self.scattered else (t,) for p, t in zip(params, local)]
+        self.parts = parts if self.scattered else []  # of what moves, nothing may hold the old memory
+        self._landings: dict[int, list[tuple[Tensor, int]]] = {}
         self.slots: list[Slot] = []
         rows = 0
-        for p, name, part in zip(params, names, self.parts, strict=True):
+        for p, name, part in zip(params, names, parts, strict=True):
             stop = rows + -(-part[0].numel() // BLOCK)
             self.slots.append(Slot(p, name, rows, stop, zero.gradient(p, part[0]) if self.scattered else p))
             rows = stop
@@ -106,9 +108,8 @@ class Bucket:
 
     def read(self) -> None:
         """Parts of parameters to rows."""
-        for slot, parts in zip(self.slots, self.parts, strict=True):
-            if self.scattered:
-                slot.view(self.param).copy_(parts[self.index])
+        for slot, parts in zip(self.slots, self.parts, strict=self.scattered):
+            slot.view(self.param).copy_(parts[self.index])
 
     def tiles(self) -> Iterator[tuple[int, int, int]]:
         """(start, rows, own): own rows [own, own + rows) are rows [start, start + rows) of flat memory."""
@@ -125,17 +126,23 @@ class Bucket:
 
         def finish() -> None:
             work.wait()
-            targets, sources = [], []
-            for rank, flat in enumerate(tile.view(self.copies, -1)):
-                for slot, parts in zip(self.slots, self.parts, strict=True):
-                    first = (slot.start - start) * BLOCK  # of the parameter's part, in the tile
-                    low, high = max(-first, 0), min(parts[0].numel(), rows * BLOCK - first)
-                    for target, offset in pieces(parts[rank], low, high):
-                        targets.append(target)
-                        sources.append(flat[first + offset :][: target.numel()].view(target.shape))
-            compat.foreach_copy(targets, sources)
+            flat, landings = tile.view(-1), self._landing(start, rows)
+            sources = [flat[at : at + target.numel()].view(target.shape) for target, at in landings]
+            compat.foreach_copy([target for target, _ in landings], sources)
 
         return finish
+
+    def _landing(self, start: int, rows: int) -> list[tuple[Tensor, int]]:
+        """Where a gathered tile goes: pieces of parameters, and the element of the tile that each starts with."""
+        if start not in self._landings:
+            found = self._landings[start] = []
+            for slot, parts in zip(self.slots, self.parts, strict=True):
+                first = (slot.start - start) * BLOCK  # of the parameter's part, in a rank's rows
+                low, high = max(-first, 0), min(parts[0].numel(), rows * BLOCK - first)
+                for rank, part in enumerate(parts) if low < high else ():
+                    at = rank * rows * BLOCK + first
+                    found += [(target, at + offset) for target, offset in pieces(part, low, high)]
+        return self._landings[start]
 
     def gather(self, flat: Tensor, start: int, rows: int) -> Callable[[], None]:
         """Starts to fill the rest of a tile of flat memory with what the other ranks have of it."""

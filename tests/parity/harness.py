@@ -11,6 +11,7 @@ and compares. `Pool` keeps the processes of one world size for many cases, and s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import time
@@ -21,8 +22,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from tedcompile import compare, processes
+from tedcompile import compare, compat, processes
 from tedcompile.compare import (
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
@@ -115,6 +117,7 @@ class Scenario:
     # the meshes (dp, ep, tp) on which it says anything
     needs: Callable[[int, int, int], bool] = lambda *mesh: True
     batch: tuple[tuple[str, object], ...] = ()  # options of make_batch
+    shared: bool = True  # shapes and number of experts are those of "plain"
     one_token: bool = False  # data rank 0's batch is one token id, repeated
     prepare: Callable[[nn.Module, Callable, int], None] = lambda model, batch, experts: None
     idle: Callable[[int, int], list[int]] = lambda experts, data_rank: []  # experts without a token on that data rank
@@ -158,8 +161,8 @@ SCENARIOS = {
         prepare=attract,
         idle=lambda experts, data_rank: [] if data_rank else list(range(experts - 2)),
     ),
-    "few_tokens": Scenario(needs=lambda dp, ep, tp: tp > 3, batch=(("seq", 3), ("batch", 1))),
-    "ep_equals_experts": Scenario(needs=lambda dp, ep, tp: ep > 3),
+    "few_tokens": Scenario(needs=lambda dp, ep, tp: tp > 3, batch=(("seq", 3), ("batch", 1)), shared=False),
+    "ep_equals_experts": Scenario(needs=lambda dp, ep, tp: ep > 3, shared=False),
 }
 
 
@@ -227,6 +230,33 @@ def make_mesh(sizes: tuple[int, ...], all_axes: bool, device: str):
     return dist.init_device_mesh(device, shape, mesh_dim_names=names)
 
 
+KEPT: dict[Case, nn.Module] = {}  # the last parallel model
+
+
+@torch.no_grad()
+def parallel(case: Case, mesh) -> tuple[nn.Module, Callable[[int, int], dict[str, Tensor]]]:
+    """The parallel model and its batches. Scenarios that differ in weights and batches only share a compiled model."""
+    import tedcompile
+
+    plain, batch = build(case.model, case.scenario, case.experts)
+    shared = SCENARIOS[case.scenario].shared and not case.sabotage and not case.volumes
+    key = dataclasses.replace(case, scenario="plain")
+    if shared and key in KEPT:
+        model, given = KEPT[key], {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            local(tensor).copy_(compat.cut(given[name], tensor) if isinstance(tensor, DTensor) else given[name])
+        return model, batch
+    KEPT.clear()
+    example = batch(0, 0) if case.example_inputs else None
+    with torch.enable_grad():
+        model = tedcompile.parallelize(
+            plain, mesh, example_inputs=example, backend=case.backend, **OPTIONS[case.options]
+        )
+    if shared:
+        KEPT[key] = model
+    return model, batch
+
+
 def run_case(case: Case) -> dict:
     """One rank's verdict. All ranks of a world of `case.world` call it; they communicate in the same order."""
     if case.sabotage == "no_reduction":
@@ -245,9 +275,7 @@ def compare_case(case: Case) -> dict:
     dist.broadcast_object_list(shared, src=0)
     expected: Reference = shared[0]
 
-    model, batch = build(case.model, case.scenario, case.experts)
-    example = batch(0, 0) if case.example_inputs else None
-    model = tedcompile.parallelize(model, mesh, example_inputs=example, backend=case.backend, **OPTIONS[case.options])
+    model, batch = parallel(case, mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     data_rank = tedcompile.data_rank(mesh)
 
