@@ -65,7 +65,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = MixtralForCausalLM(MixtralConfig(**MODEL)).to(accelerator.device)
     model = tedcompile.parallelize(model, mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
 
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))  # the data: the standard library's own

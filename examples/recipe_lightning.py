@@ -80,7 +80,7 @@ def main() -> None:
     text = torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in sources)), dtype=torch.uint8)
     rows = text[: len(text) // options.seq * options.seq].view(-1, options.seq).long()
     data = [dict(input_ids=r, labels=r) for r in rows]
-    module = Module(model, sizes, lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), data, batch=4)
+    module = Module(model, sizes, lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True), data, batch=4)
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     trainer = lightning.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
