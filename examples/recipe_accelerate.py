@@ -19,7 +19,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import tedcompile
 
-MODEL = dict(vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
+SIZES = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4)
+MODEL = dict(vocab_size=256, num_hidden_layers=4, **SIZES)
 
 
 def train(accelerator, mesh, model, optimizer, schedule, loader, steps: int, clip: float = 1.0) -> list[float]:
@@ -64,7 +65,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = MixtralForCausalLM(MixtralConfig(**MODEL)).to(accelerator.device)
     model = tedcompile.parallelize(model, mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
 
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))  # the data: the standard library's own

@@ -19,7 +19,8 @@ from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArg
 
 import tedcompile
 
-MODEL = dict(vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
+SIZES = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4)
+MODEL = dict(vocab_size=256, num_hidden_layers=4, **SIZES)
 
 
 class ParallelTrainer(Trainer):

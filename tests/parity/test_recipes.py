@@ -6,12 +6,16 @@ Plain SGD without clipping, so that a factor in the loss or in the gradients sho
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.metadata
 import os
+import sys
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tedcompile.processes import Failure, Pool
 from tests.test_examples import load
@@ -65,6 +69,19 @@ def plain(unequal: bool):
     return losses, norms, before, model.state_dict()
 
 
+def as_under_torchrun() -> None:
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, GROUP_RANK="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999", TORCHELASTIC_RUN_ID="recipes")
+
+
+def reset_accelerate() -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
 @dataclass(frozen=True)
 class Recipe:
     name: str
@@ -72,11 +89,7 @@ class Recipe:
     timeout = 900.0
 
     def run(self):
-        import torch.distributed as dist
-
-        rank, world = str(dist.get_rank()), str(dist.get_world_size())
-        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, GROUP_RANK="0")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999", TORCHELASTIC_RUN_ID="recipes")
+        as_under_torchrun()
         losses, norms, model = getattr(self, self.name)(load(f"recipe_{self.name}"))
         assert not any(isinstance(m, torch.nn.parallel.DistributedDataParallel) for m in model.modules())
         return losses, norms, {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}
@@ -127,12 +140,10 @@ class Recipe:
 
     def accelerate(self, recipe):
         from accelerate import Accelerator
-        from accelerate.state import AcceleratorState, GradientState
 
         import tedcompile
 
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
         model = tedcompile.parallelize(build(), self.mesh(), backend="eager")
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
@@ -142,6 +153,60 @@ class Recipe:
         assert schedule.last_epoch == STEPS
         return losses, [], model
 
+    def lightning(self, recipe):
+        import lightning
+
+        class Losses(lightning.Callback):
+            found: list[float] = []
+
+            def on_train_batch_end(self, trainer, *_):
+                self.found.append(trainer.callback_metrics["loss"].item())
+
+        sgd = lambda parameters: torch.optim.SGD(parameters, lr=RATE)
+        module = recipe.Module(build(), SIZES, sgd, dataset(False), BATCH, shuffle=False, backend="eager")
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=4,
+            strategy=recipe.Strategy(SIZES),
+            max_steps=STEPS,
+            accumulate_grad_batches=ACCUMULATE,
+            gradient_clip_val=1e9,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            logger=False,
+            callbacks=[Losses()],
+        )
+        trainer.fit(module)
+        found = torch.tensor(Losses.found).view(STEPS, ACCUMULATE).mean(1)
+        return found.tolist(), [], module.model
+
+
+@dataclass(frozen=True)
+class Program:
+    """The recipe's own `main`, with one layer, uncompiled."""
+
+    name: str
+    folder: str
+    timeout = 900.0
+
+    def run(self):
+        import tedcompile
+
+        as_under_torchrun()
+        if self.name != "lightning":
+            reset_accelerate()
+        recipe = load(f"recipe_{self.name}")
+        recipe.MODEL["num_hidden_layers"] = 1
+        eager = functools.partial(tedcompile.parallelize, backend="eager")
+        options = f"main --ep 2 --tp 2 --steps 2 --seq 12 --out {self.folder}"
+        with (
+            mock.patch.object(tedcompile, "parallelize", eager),
+            mock.patch.object(dist, "destroy_process_group"),
+            mock.patch.object(sys, "argv", options.split()),
+        ):
+            recipe.main()
+
 
 @pytest.fixture(scope="module")
 def pool():
@@ -149,17 +214,26 @@ def pool():
         yield pool
 
 
-@pytest.mark.parametrize(
+def call(pool, task):
+    replies = pool.call(task)
+    failed = [f"rank {r}: {x.text}" for r, x in replies.items() if isinstance(x, Failure)]
+    assert not failed, "\n".join(failed)
+    return replies
+
+
+every_recipe = pytest.mark.parametrize(
     "name",
     [
         pytest.param("trainer", marks=[needs("accelerate"), needs("transformers", (5, 23))]),
         pytest.param("accelerate", marks=needs("accelerate")),
+        pytest.param("lightning", marks=needs("lightning")),
     ],
 )
+
+
+@every_recipe
 def test_recipe_is_the_plain_run(name, pool, tmp_path):
-    replies = pool.call(Recipe(name, str(tmp_path)))
-    failed = [f"rank {r}: {x.text}" for r, x in replies.items() if isinstance(x, Failure)]
-    assert not failed, "\n".join(failed)
+    replies = call(pool, Recipe(name, str(tmp_path)))
     losses, norms, before, after = plain(unequal=name == "trainer")
     for rank in range(4):
         found, lengths, weights = replies[rank]
@@ -168,3 +242,11 @@ def test_recipe_is_the_plain_run(name, pool, tmp_path):
         for n, w in weights.items():
             step, want = w - before[n], after[n] - before[n]
             assert (step - want).norm() <= 1e-4 * want.norm() + 1e-7, n
+
+
+@every_recipe
+def test_recipe_as_it_is_trains_and_exports(name, pool, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    call(pool, Program(name, str(tmp_path)))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers == 1
