@@ -25,6 +25,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tedcompile import graphs
+from tedcompile.blocks import PER_EXPERT
 from tedcompile.capture import module_path, source_line
 from tedcompile.layouts import aten, shape
 from tedcompile.ops import ops
@@ -221,6 +222,7 @@ class _Block:
             rows, counts, perm, order = (add(operator.getitem, (dispatch, i), first) for i in range(4))
             back = add(aten.reshape.default, (perm, [-1]), first)
         late = {n: i for i, n in enumerate(graph.nodes)}
+        roles = roles | {self.node.args[2]: "counts"}
         changed: list[tuple[Node, Node]] = [(first, rows)]
 
         def swap(old: Node, target, args) -> None:
@@ -257,8 +259,8 @@ class _Block:
 
         for n, role in roles.items():
             for u in list(n.users):
-                if u.target is ops.grouped_mm.default and u.args[2] is n and late[u] > late[back]:
-                    u.args = (u.args[0], u.args[1], counts)
+                if u.target in PER_EXPERT and u.args[PER_EXPERT[u.target][1]] is n and late[u] > late[back]:
+                    u.replace_input_with(n, counts)
                 elif u.target is aten.index_add.default and u.args[1:3] == (0, n) and not u.kwargs:
                     if role == "token" and shape(u)[0] == tokens:
                         add_to_tokens(u, u.args[3])

@@ -32,6 +32,7 @@ UNSET: list[tuple[str, Any]] = [
     (r"head_dim", lambda default: default["hidden_size"] // default["num_attention_heads"]),
     (r"layer_types", lambda default: ["conv", "full_attention"] * (default["num_hidden_layers"] // 2)),
     (r"attn_config", {"rope_theta": 1e4, "clip_qkv": 8.0, "kv_n_heads": 8}),
+    (r"ffn_config", {"moe_top_k": 2}),  # the router of one normalised weight has no gradient
     (r"indexer_n_heads", 4), (r"indexer_kv_heads", 1), (r"indexer_budget", 8), (r"indexer_compress_ratio", 4),
     (r"indexer_head_dim", lambda default: default["head_dim"]),
 ]  # fmt: skip

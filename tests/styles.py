@@ -202,6 +202,20 @@ class LoopSplit(Moe):
         return (slots.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
 
 
+class LoopSplitMask(Moe):
+    """JetMoe: counted in a mask of floats, experts with biases on what torch.split gives, rows joined by cat."""
+
+    def __init__(self):
+        super().__init__(FeedForward)
+
+    def dispatch(self, x, weights, index):
+        counts = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter(1, index, 1).long().sum(0).tolist()
+        order = index.flatten().argsort(stable=True)
+        parts = x[order.div(self.k, rounding_mode="trunc")].split(counts)
+        rows = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
+        return torch.zeros_like(x).index_add(0, order // self.k, rows * weights.flatten()[order, None])
+
+
 # ---- 3. one-hot dispatch and combine with a capacity
 
 
@@ -587,7 +601,7 @@ class GroupedShared(GroupedMm):
 
 
 LOOPS = {c.__name__: c for c in (LoopWhere, LoopMask, LoopNonzero, LoopSlots)}
-CONTROL = {c.__name__: c for c in (LoopAny, LoopContinue, LoopHit, LoopHitStacked, LoopSplit)}
+CONTROL = {c.__name__: c for c in (LoopAny, LoopContinue, LoopHit, LoopHitStacked, LoopSplit, LoopSplitMask)}
 ONE_HOT = {c.__name__: c for c in (OneHot, OneHotModules, Switch)}
 DENSE = {c.__name__: c for c in (LoopDense, DenseBmm, DenseEinsum, DenseInputs)}
 GATHERED = {c.__name__: c for c in (Gathered, GatheredEinsum, GatheredMatmul)}

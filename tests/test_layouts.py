@@ -67,7 +67,9 @@ TABLE = {
     "view_fused": (lambda a: a.view(3, 2, 4), [(3, 8)], [S(1, (4, 4))], S(2)),
     "flatten": (lambda a: a.flatten(1), [(3, 4, 2)], [S(1)], S(1)),
     "unflatten": (lambda a: a.unflatten(1, (4, 2)), [(3, 8)], [S(1)], S(1)),
-    "view_mixed": (lambda a: a.reshape(12, 2), [(3, 8)], [S(1)], R),  # no rule: gathered
+    "view_joined": (lambda a: a.reshape(12, 2), [(3, 8)], [S(1)], S(0, (4, 4, 4))),
+    "view_parted": (lambda a: a.reshape(3, 8), [(12, 2)], [S(0, (4, 4, 4))], S(1)),
+    "view_mixed": (lambda a: a.reshape(8, 3), [(3, 8)], [S(1)], R),  # no rule: gathered
     "transpose": (lambda a: a.transpose(-1, 0), [(4, 5, 6)], [S(2)], S(0)),
     "t": (lambda a: a.t(), [(4, 6)], [S(1)], S(0)),
     "permute": (lambda a: a.permute(2, 0, -2), [(4, 5, 6)], [S(0)], S(1)),
@@ -77,7 +79,14 @@ TABLE = {
     "squeeze_dim": (lambda a: a.squeeze(0), [(2, 6)], [S(0)], S(0)),
     "expand": (lambda a: a.expand(3, -1, 6), [(4, 1)], [S(0)], S(1)),
     "repeat": (lambda a: a.repeat(3, 1, 2), [(4, 5)], [S(0)], S(1)),
-    "repeat_along": (lambda a: a.repeat(2, 1), [(4, 5)], [S(0)], R),
+    "repeat_along": (lambda a: a.repeat(2, 1), [(4, 5)], [S(0)], S(0, (4, 4))),
+    "repeat_fused": (lambda a: a.repeat(2, 1), [(8, 5)], [S(0, (4, 4))], S(0, (4, 4, 4, 4))),
+    "attention_fused": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+        [(2, 4, 3, 5)] * 3,
+        [S(1, (2, 2))] * 3,
+        S(1, (2, 2)),
+    ),
     "repeat_heads": (lambda a: a.repeat_interleave(3, 1), [(2, 4, 5)], [S(1)], S(1)),
     "slice_other": (lambda a: a[:, 1:3], [(4, 6)], [S(0)], S(0)),
     "slice_all": (lambda a: a[-4:], [(4, 6)], [S(0)], S(0)),
@@ -282,7 +291,10 @@ def test_layout_text_and_local_shape():
         ((3, 24), (3, 3, 4, 2), S(1, (12, 12)), NoRule),
         ((3, 24), (3, 2, 3, 4), S(1, (12, 12)), NoRule),  # three heads of each section over two ranks
         ((3, 9), (3, 3, 3), S(1), NoRule),
-        ((3, 8), (24,), S(1), NoRule),
+        ((3, 8), (24,), S(1), S(0, (8, 8, 8))),
+        ((65, 8), (520,), S(1), NoRule),
+        ((3, 2, 8), (3, 4, 4), S(2), S(1, (2, 2))),  # heads of each slot
+        ((3, 4, 4), (3, 2, 8), S(1, (2, 2)), S(2)),
         ((2, 3, 8), (6, 8), S(1), NoRule),
         ((4, 6), (8, 3), S(0), S(0)),
         ((8, 6), (12, 4), S(0), NoRule),

@@ -111,7 +111,7 @@ def _attention(c: Call) -> Layout:
     if not sharded:
         return c.default()
     layout = c.layout(sharded[0])
-    if layout.dim >= ndim(q) - 2 or any(c.layout(a) != layout for a in sharded) or layout.sections:
+    if layout.dim >= ndim(q) - 2 or any(c.layout(a) != layout for a in sharded):
         raise NoRule("attention split on the sequence or the head dim")
     for a in (q, k, v):
         if shape(a)[layout.dim] % c.tp:
@@ -119,5 +119,6 @@ def _attention(c: Call) -> Layout:
         c.need(a, layout)
     if isinstance(mask, Node):
         rel = layout.dim - ndim(q)
-        c.need(mask, S(ndim(mask) + rel) if ndim(mask) >= -rel and shape(mask)[rel] != 1 else E)
+        of_heads = ndim(mask) >= -rel and shape(mask)[rel] != 1
+        c.need(mask, S(ndim(mask) + rel, layout.sections) if of_heads else E)
     return layout

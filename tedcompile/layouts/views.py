@@ -7,6 +7,8 @@ from typing import Any
 
 from tedcompile.layouts.core import Call, E, Layout, NoRule, P, R, S, Sections, aten, ndim, rule, shape, val
 
+MOST_SECTIONS = 64  # of a value: more small pieces than these are not worth a split
+
 
 def split_dim_after_view(before: tuple[int, ...], after: tuple[int, ...], layout: Layout, tp: int) -> Layout:
     """Where a split dim is after a view. Raises NoRule or Sections when the parts would not be contiguous."""
@@ -19,7 +21,8 @@ def split_dim_after_view(before: tuple[int, ...], after: tuple[int, ...], layout
         count = len(layout.sections)
         for j, size in enumerate(after):
             if math.prod(after[:j]) == prefix and size == count and len(set(layout.sections)) == 1:
-                if math.prod(after[: j + 2]) > prefix * before[d] or after[j + 1] % tp:
+                inner, each = after[j + 1], layout.sections[0]
+                if (each % inner and inner % each) or inner % tp:
                     break
                 return S(j + 1)
         raise NoRule(f"a view of fused sections {layout.sections} as {after}")
@@ -31,6 +34,13 @@ def split_dim_after_view(before: tuple[int, ...], after: tuple[int, ...], layout
         if before[d] % size == 0 and j + 1 < len(after) and after[j + 1] % tp == 0 and size < before[d]:
             raise Sections((before[d] // size,) * size)
         raise NoRule(f"a dim of size {size} does not divide over tp={tp}")
+    for j, size in enumerate(after):  # joined with dims before it: a section for each of their entries
+        lead, rest = divmod(prefix, math.prod(after[:j]))
+        if rest or not 1 < lead <= MOST_SECTIONS or size % lead:
+            continue
+        each = size // lead
+        if each % tp == 0 and before[d] % each == 0:
+            return S(j, (each,) * lead)
     raise NoRule(f"a view of {before} as {after} mixes the dim that is split")
 
 
@@ -114,10 +124,9 @@ def _repeat(c: Call) -> Layout:
     layout = c.layout(a)
     if layout.kind != "S":
         return layout
-    result = S(layout.dim + ndim(c.node) - ndim(a), layout.sections)
-    if c.node.args[1][result.dim] != 1:
-        raise NoRule("repeat along the dim that is split")
-    return result
+    dim = layout.dim + ndim(c.node) - ndim(a)
+    times = c.node.args[1][dim]
+    return S(dim, (layout.sections or (shape(a)[layout.dim],)) * times if times > 1 else layout.sections)
 
 
 @rule(aten.repeat_interleave.self_int)
