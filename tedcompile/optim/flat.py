@@ -108,7 +108,7 @@ class Bucket:
 
     def read(self) -> None:
         """Parts of parameters to rows."""
-        for slot, parts in zip(self.slots, self.parts, strict=self.scattered):
+        for slot, parts in zip(self.slots, self.parts):  # no parts where parameters are rows themselves
             slot.view(self.param).copy_(parts[self.index])
 
     def tiles(self) -> Iterator[tuple[int, int, int]]:

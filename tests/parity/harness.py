@@ -233,7 +233,6 @@ def make_mesh(sizes: tuple[int, ...], all_axes: bool, device: str):
 KEPT: dict[Case, nn.Module] = {}  # the last parallel model
 
 
-@torch.no_grad()
 def parallel(case: Case, mesh) -> tuple[nn.Module, Callable[[int, int], dict[str, Tensor]]]:
     """The parallel model and its batches. Scenarios that differ in weights and batches only share a compiled model."""
     import tedcompile
@@ -242,16 +241,14 @@ def parallel(case: Case, mesh) -> tuple[nn.Module, Callable[[int, int], dict[str
     shared = SCENARIOS[case.scenario].shared and not case.sabotage and not case.volumes
     key = dataclasses.replace(case, scenario="plain")
     if shared and key in KEPT:
-        model, given = KEPT[key], {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
+        model, given = KEPT[key], dict((*plain.named_parameters(), *plain.named_buffers()))
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            local(tensor).copy_(compat.cut(given[name], tensor) if isinstance(tensor, DTensor) else given[name])
+            value = given[name].detach()
+            local(tensor).copy_(compat.cut(value, tensor) if isinstance(tensor, DTensor) else value)
         return model, batch
     KEPT.clear()
     example = batch(0, 0) if case.example_inputs else None
-    with torch.enable_grad():
-        model = tedcompile.parallelize(
-            plain, mesh, example_inputs=example, backend=case.backend, **OPTIONS[case.options]
-        )
+    model = tedcompile.parallelize(plain, mesh, example_inputs=example, backend=case.backend, **OPTIONS[case.options])
     if shared:
         KEPT[key] = model
     return model, batch
