@@ -33,6 +33,10 @@ MANY_GPUS = {name: NAMES[name] for name in MANY} | {
     "predicted_ms": NAMES["predicted_ms"], "nccl_ms": "in NCCL, ms", "communication_ms": "collectives, predicted, ms",
     "bytes_ratio": NAMES["bytes_ratio"],
 }  # fmt: skip
+# of zero.json
+STAGES = {"step_ms": "step, ms", "forward_backward_ms": "forward + backward, ms", "held_gib": "kept, GiB",
+          "formula_gib": "by the formula, GiB", "peak_gib": "peak memory, GiB",
+          "worst_loss_difference": "loss, 10 steps, against zero=0"}  # fmt: skip
 LAYERS = ("qwen3_layer", "mixtral_layer")
 SYSTEMS = {"hf_eager": "Hugging Face, grouped_mm", "hf_compile": "Hugging Face, grouped_mm + torch.compile"}
 
@@ -178,6 +182,7 @@ def main() -> None:
     tables["optimizer"] = optimizer
     tables["many_gpus"] = many_gpus
     tables["moe_layer"] = moe_layer
+    tables["zero"] = functools.partial(steps, "zero", STAGES)
     tables["mesh_runs_options"] = functools.partial(steps, "mesh_runs", OPTIONS, layers=True)
     tables["recognised"] = recognised
     tables |= {f"paper_{part}": functools.partial(paper, part) for part in PAPER}
