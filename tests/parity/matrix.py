@@ -49,12 +49,14 @@ def product() -> list[Case]:
     cases += [Case("qwen3_moe_kv2", (1, 1, 4))]
     cases += [Case(model, (1, 2, 2), backend="inductor") for model in models.BASE]
     for i, options in enumerate(filter(None, OPTIONS)):
-        cases += [Case(model, (1, 2, 2), options=options) for model in models.BASE]
+        combined = len(OPTIONS[options]) > 1 and "off" in OPTIONS[options]  # with what other options show alone
+        base = list(models.BASE)[i % 2 :: 2] if combined else models.BASE
+        cases += [Case(model, (1, 2, 2), options=options) for model in base]
         if "plan" in OPTIONS[options] and "full" not in options:
-            cases += [Case("qwen3_moe", (1, 2, 4), "few_tokens", options=options)]
+            cases += [Case(("nano_moe", "qwen3_moe")[i % 2], (1, 2, 4), "few_tokens", options=options)]
         else:  # the large meshes and models in turn
             cases += [Case(LARGE_MODELS[i % 2], LARGE_MESHES[i % 3], options=options)]
-        if i % 3 == 0:
+        if i % 6 == 0:
             cases += [Case("qwen3_moe", (1, 2, 2), backend="inductor", options=options)]
     return sorted(cases, key=lambda case: case.world)
 
