@@ -22,6 +22,7 @@ from tedcompile.passes import (
     cut_layers,
     deterministic,
     fuse_experts,
+    fuse_loss,
     gather_parameters,
     lower,
     peepholes,
@@ -111,13 +112,15 @@ def build(
         _move_constants(gm, device)
     if device.type == "cuda" and kernels.installed() and "fuse_experts" not in ctx.options.off:
         run_pass("fuse_experts", fuse_experts.run, gm, ctx)
+    train = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if "fuse_loss" not in ctx.options.off:
+        run_pass("fuse_loss", functools.partial(fuse_loss.run, gradients=train), gm, ctx)
     mode = compat.FakeTensorMode(shape_env=compat.ShapeEnv())
     fakes = []
     for t in inputs:
         with mode:
             fake = torch.empty(t.shape, dtype=t.dtype, device=t.device)
         fakes.append(fake.requires_grad_(t.requires_grad))
-    train = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     outer = (
         torch.autocast(device.type, dtype=autocast[0], enabled=autocast[1], cache_enabled=False)
         if autocast

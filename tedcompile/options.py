@@ -13,7 +13,8 @@ from tedcompile.zero import STAGES
 
 # optimisations by the name of their pass; the other passes are what makes the program right
 OPTIONAL = (
-    "drop_duplicates", "simplify_collectives", "chunk_tokens", "save_collectives", "fuse_experts", "cut_layers",
+    "drop_duplicates", "simplify_collectives", "chunk_tokens", "save_collectives", "fuse_experts", "fuse_loss",
+    "cut_layers",
 )  # fmt: skip
 # choices that the cost model makes, and the values that may be forced
 PLANS: dict[str, tuple[str, ...]] = {

@@ -11,7 +11,8 @@ if not torch.cuda.is_available():
     with contextlib.suppress(ImportError):  # without triton, tests/kernels is skipped
         import triton.experimental.gluon  # noqa: F401  (the interpreter imports it late)
 
-        import tedcompile.kernels.experts  # noqa: F401
+        import tedcompile.kernels.experts
+        import tedcompile.kernels.losses  # noqa: F401
     del os.environ["TRITON_INTERPRET"]  # not for the processes that tests start
     if chosen is not None:
         os.environ["TRITON_INTERPRET"] = chosen

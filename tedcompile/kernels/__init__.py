@@ -17,7 +17,8 @@ def installed() -> bool:
 def register(library: torch.library.Library) -> None:
     """Makes the kernels what CUDA tensors of half and single precision get; the references serve the other dtypes."""
     from tedcompile.kernels import experts
-    from tedcompile.ops import gated, products, tokens
+    from tedcompile.kernels import losses as loss_kernels
+    from tedcompile.ops import gated, losses, products, tokens
 
     for name, reference, kernel in (
         ("route", tokens.route, experts.route),
@@ -30,6 +31,8 @@ def register(library: torch.library.Library) -> None:
         ("gated_vjp", gated.gated_vjp, experts.gated_vjp),
         ("gated_vjp_x", gated.gated_vjp_x, experts.gated_vjp_x),
         ("tokens_outer", gated.tokens_outer, experts.tokens_outer),
+        ("loss_rows", losses.loss_rows, loss_kernels.loss_rows),
+        ("loss_gradient_", losses.loss_gradient_, loss_kernels.loss_gradient_),
     ):
         library.impl(name, _choose(kernel, reference), "CUDA")
     for name, reference, kernel in (

@@ -11,7 +11,7 @@ a process group just before a graph is run.
 import torch
 
 from tedcompile import kernels
-from tedcompile.ops import gated, moves, products, random, sums, tokens, travel, vocabulary  # noqa: F401 (register)
+from tedcompile.ops import gated, losses, moves, products, random, sums, tokens, travel, vocabulary  # noqa: F401 (register)
 from tedcompile.ops.define import LIBRARY, ops
 
 __all__ = ["ops"]

@@ -8,6 +8,7 @@ from tedcompile.ops import gated, ops, products, tokens
 triton = pytest.importorskip("triton")
 
 from tedcompile.kernels import experts, grouped, routing  # noqa: E402
+from tedcompile.kernels import losses as loss_kernels  # noqa: E402
 from tedcompile.kernels.configs import Config  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has them without the interpreter")
@@ -165,3 +166,24 @@ def test_strides_that_the_memory_accelerator_takes():
     assert grouped._by_tma(torch.zeros(4, 16), True, 16)
     assert not grouped._by_tma(torch.zeros(4, 9), True, 16)
     assert not grouped._by_tma(torch.zeros(4, 16)[:, 1:], True, 16)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("columns", [5, 64, 130])
+def test_losses(columns, scale, monkeypatch):
+    monkeypatch.setattr(loss_kernels, "BLOCK", 64)
+    logits, target = 30 * torch.randn(7, columns), torch.randint(columns, (7,))
+    target[2] = -100
+    wide = logits.double()
+    want = ops.loss_rows(wide, target, -100, scale)
+    got = loss_kernels.loss_rows(logits, target, -100, scale)
+    for a, b in zip(got, want, strict=True):
+        close(a, b, 1e-6)
+    ops.loss_gradient_(wide, target, want[1], -100, scale)
+    loss_kernels.loss_gradient_(logits, target, got[1], -100, scale)
+    close(logits, wide)
+
+
+def test_a_target_that_is_no_column_is_no_number():
+    losses, _ = loss_kernels.loss_rows(torch.randn(3, 5), torch.tensor([4, 5, -1]), -100, 1.0)
+    assert losses.isnan().tolist() == [False, True, True]
