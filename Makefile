@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1# many processes share the cores, and waiting OpenMP threads spin
 
-.PHONY: demo test lint matrix matrix-optimizers families soak bench test-211 clean
+.PHONY: demo test lint matrix matrix-optimisations matrix-optimizers families soak bench test-211 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,10 @@ lint: $(VENV)/.installed
 # The whole product of models, meshes and cases.
 matrix: $(VENV)/.installed
 	$(BIN)/python -m tests.parity.matrix $(ARGS)
+
+# The product of models and of optimisations that are left out or forced.
+matrix-optimisations: $(VENV)/.installed
+	$(BIN)/python -m tests.parity.matrix --optimisations $(ARGS)
 
 # The product of optimizers, ZeRO stages and meshes.
 matrix-optimizers: $(VENV)/.installed

@@ -33,6 +33,10 @@ MANY_GPUS = {name: NAMES[name] for name in MANY} | {
     "predicted_ms": NAMES["predicted_ms"], "nccl_ms": "in NCCL, ms", "communication_ms": "collectives, predicted, ms",
     "bytes_ratio": NAMES["bytes_ratio"],
 }  # fmt: skip
+# of train_step.json
+TRAIN = {name: NAMES[name] for name in ("forward_backward_ms", "peak_gib")} | {
+    "step_ms": "step with AdamW, ms", "step_peak_gib": "its peak memory, GiB",
+} | {name: NAMES[name] for name in ("tokens_per_s_per_gpu", "first_step_s", "worst_loss_difference")}  # fmt: skip
 # of zero.json
 STAGES = {name: NAMES[name] for name in ("step_ms", "forward_backward_ms")} | {
     "held_gib": "kept, GiB", "formula_gib": "by the formula, GiB", "peak_gib": NAMES["peak_gib"],
@@ -177,9 +181,9 @@ def main() -> None:
     readme = HERE.parent / "README.md"
     text = readme.read_text()
     tables = {
-        name: functools.partial(steps, name)
-        for name in ("train_step", "mesh_runs", "communication", "slow_link", "compile_time")
+        name: functools.partial(steps, name) for name in ("mesh_runs", "communication", "slow_link", "compile_time")
     }
+    tables["train_step"] = functools.partial(steps, "train_step", TRAIN)
     tables["optimizer"] = optimizer
     tables["many_gpus"] = many_gpus
     tables["moe_layer"] = moe_layer

@@ -1,5 +1,7 @@
 """One training step: tedcompile beside Hugging Face eager and torch.compile, same model, same batches, same run.
 
+AdamW keeps fp32 master weights and moments: tedcompile.optim's, beside torch's fused one with casts there and back.
+
     python -m benchmarks.train_step                                  # one process, mesh 1
     torchrun --nproc-per-node 2 -m benchmarks.train_step --mesh tp=2
 
@@ -19,6 +21,8 @@ import os
 import pathlib
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,6 +52,8 @@ CASES = {
     ),
 }  # fmt: skip
 STEPS, TIMED = 20, 10
+UNITS = {"forward_backward_ms": "ms", "step_ms": "ms", "tokens_per_s_per_gpu": "1/s", "peak_gib": "GiB",
+         "step_peak_gib": "GiB", "first_step_s": "s", "worst_loss_difference": "relative"}  # fmt: skip
 
 
 def case_of(name: str) -> tuple[type, dict[str, int], tuple[int, int]]:
@@ -93,44 +99,88 @@ def prepare(system: str, model, mesh):
     return torch.compile(model) if system == "hf_compile" else model
 
 
+class Cast:
+    """torch's fused AdamW on fp32 masters of bf16 parameters, as mixed-precision training has it."""
+
+    def __init__(self, params, lr: float):
+        self.params = list(params)
+        self.masters = [torch.nn.Parameter(p.detach().float()) for p in self.params]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=lr, fused=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for master, p in zip(self.masters, self.params, strict=True):
+            master.grad = p.grad.float()
+        self.optimizer.step()
+        for master, p in zip(self.masters, self.params, strict=True):
+            master.grad = None
+            p.copy_(master)
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+
+def median_ms(run: Callable[[int], None]) -> float:
+    times = []
+    for i in range(TIMED):
+        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        a.record()
+        run(i)
+        b.record()
+        torch.cuda.synchronize()
+        times.append(a.elapsed_time(b))
+    return statistics.median(times)
+
+
 def measure(system: str, case: str, mesh, device: torch.device) -> dict:
     rank = tedcompile.data_rank(mesh) if system == "tedcompile" else 0
     data = batches(case, rank, device)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     model = build(case, torch.bfloat16, device)
     start = time.perf_counter()
     model = prepare(system, model, mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=False, foreach=True)
-    losses, first = [], 0.0
-    for step in range(STEPS):
-        ids = data[step % len(data)]
+    kind = tedcompile.optim.TiledAdamW if system == "tedcompile" else Cast
+    optimizer: Any = kind(model.parameters(), lr=1e-4)
+
+    def backward(i: int) -> torch.Tensor:
+        ids = data[i % len(data)]
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
+        return loss
+
+    def step(i: int) -> torch.Tensor:
+        loss = backward(i)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        if step == 0:
-            first = time.perf_counter() - start
-    times = []
-    torch.cuda.reset_peak_memory_stats()
-    for step in range(TIMED):
-        ids = data[step % len(data)]
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        b.record()
-        torch.cuda.synchronize()
-        times.append(a.elapsed_time(b))
+        return loss
+
+    def alone(i: int) -> None:
+        backward(i)
         for p in model.parameters():
             p.grad = None
-    tokens = data[0].numel()
-    ms = statistics.median(times)
+
+    losses = [step(0).item()]
+    first = time.perf_counter() - start
+    losses += [step(i).item() for i in range(1, STEPS)]
+    torch.cuda.reset_peak_memory_stats()
+    step_ms, step_peak = median_ms(step), torch.cuda.max_memory_allocated()
+    optimizer = None  # its memory is not the backward's
+    for p in model.parameters():
+        p.grad = None
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    ms = median_ms(alone)
     return {
         "losses": losses,
         "forward_backward_ms": ms,
-        "tokens_per_s_per_gpu": tokens / ms * 1e3 / (mesh_shape(mesh).tp if system == "tedcompile" else 1),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "step_ms": step_ms,
+        "step_peak_gib": step_peak / 2**30,
+        "tokens_per_s_per_gpu": data[0].numel()
+        / step_ms
+        * 1e3
+        / (mesh_shape(mesh).tp if system == "tedcompile" else 1),
         "first_step_s": first,
     }
 
@@ -183,8 +233,7 @@ def main() -> None:
                 result["worst_loss_difference"] = worst
             name = system if system != "tedcompile" else f"tedcompile {options.mesh}"
             for metric, value in result.items():
-                unit = {"forward_backward_ms": "ms", "tokens_per_s_per_gpu": "1/s", "peak_gib": "GiB",
-                        "first_step_s": "s", "worst_loss_difference": "relative"}[metric]  # fmt: skip
+                unit = UNITS[metric]
                 rows.append({"benchmark": "train_step", "case": case, "system": name, "metric": metric,
                              "value": value, "unit": unit, **facts})  # fmt: skip
             if dist.get_rank() == 0:

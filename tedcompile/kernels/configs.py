@@ -37,7 +37,7 @@ TABLE = {
     "none": Config(128, 256, 64, programs=1, flatten=True),
     "gate": Config(128, 128, 64, stages=4, group=16),
     "gate_vjp": Config(128, 128, 64, registers=128),
-    "outer": Config(128, 128, 64, stages=4),  # gathers
+    "outer": Config(128, 128, 32, stages=6),  # gathers
     "outer_rows": Config(128, 256, 64, stages=4),
 }
 

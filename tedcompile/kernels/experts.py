@@ -12,10 +12,10 @@ from tedcompile.kernels.routing import Plan, route
 ops = torch.ops.ted
 
 
-# from this width on, a copy of the rows costs less than reading them one by one in every tile: on an H100 products of
-# rows for each expert run at 490 TFLOP/s while gathering and at 640 from a copy, which takes the time of 4 bytes moved
+# from this width on, a copy of the rows costs less than reading them one by one in every tile: on an H200 products of
+# rows for each expert run at 530 TFLOP/s while gathering and at 700 from a copy, which takes the time of 4 bytes moved
 # for each element of it
-GATHERED_WIDTH = 2048
+GATHERED_WIDTH = 1280
 
 
 class Plans:

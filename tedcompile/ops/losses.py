@@ -16,10 +16,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk_rows(rows: int, columns: int, itemsize: int) -> int:
-    """How many rows a chunk has: chunks of about `CHUNK` bytes at most, as equal as multiples of 128 can be."""
-    chunks = -(-rows * columns * itemsize // CHUNK)
-    size = -(-rows // max(chunks, 1))
-    return max(size if size < 128 else -(-size // 128) * 128, 1)
+    """How many rows a chunk has: a power of two, for products of such sizes are fastest, of at most `CHUNK` bytes."""
+    fit = max(CHUNK // (columns * itemsize), 1)
+    return max(min(rows, 1 << fit.bit_length() - 1), 1)
 
 
 @define(
@@ -108,6 +107,7 @@ def linear_loss(x, weight, bias, target, ignore, scale, gradients):
             _add_product(grad_weight, logits.t(), part)
             if bias is not None:
                 grad_bias += logits.sum(0, dtype=wide)
+        del logits  # before there are others
     return loss, grad_x, grad_weight, grad_bias
 
 

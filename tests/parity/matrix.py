@@ -1,6 +1,7 @@
 """The whole product of models, meshes and scenarios: python -m tests.parity.matrix [--write tests/parity/MATRIX.md]
 
-Prints a row for each case as it ends; the exit code is 1 when a case fails.
+With --optimisations, that of models and of what can be switched off or forced. Prints a row for each case as it ends;
+the exit code is 1 when a case fails.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ WIDTHS = (18, 12, 17, 8, 12, 8, 8, 8, 5, 7, 6, 6)
 
 
 def product() -> list[Case]:
-    """All cases, ordered by world size: every scenario on every mesh that can show it."""
+    """Every model on every mesh in every scenario that the mesh can show; each option once, for the models in turn."""
     pairs = [(model, mesh) for mesh in SMALL_MESHES for model in models.BASE]
     pairs += [(model, mesh) for mesh in LARGE_MESHES for model in LARGE_MODELS]
     cases = [Case(model, mesh, name) for model, mesh in pairs for name, s in SCENARIOS.items() if s.needs(*mesh)]
@@ -48,13 +49,21 @@ def product() -> list[Case]:
     cases += [Case(model, (1, 4, 1), "ep_equals_experts") for model in models.BASE]
     cases += [Case("qwen3_moe_kv2", (1, 1, 4))]
     cases += [Case(model, (1, 2, 2), backend="inductor") for model in models.BASE]
+    turns = itertools.cycle(models.BASE)
+    cases += [Case(next(turns), (1, 2, 2), options=options) for options in filter(None, OPTIONS)]
+    return sorted(cases, key=lambda case: case.world)
+
+
+def optimisations() -> list[Case]:
+    """Every option with every model, on the large meshes and compiled with some of them in turn."""
+    cases = []
     for i, options in enumerate(filter(None, OPTIONS)):
         combined = len(OPTIONS[options]) > 1 and "off" in OPTIONS[options]  # with what other options show alone
         base = list(models.BASE)[i % 2 :: 2] if combined else models.BASE
         cases += [Case(model, (1, 2, 2), options=options) for model in base]
         if "plan" in OPTIONS[options] and "full" not in options:
             cases += [Case(("nano_moe", "qwen3_moe")[i % 2], (1, 2, 4), "few_tokens", options=options)]
-        else:  # the large meshes and models in turn
+        else:
             cases += [Case(LARGE_MODELS[i % 2], LARGE_MESHES[i % 3], options=options)]
         if i % 6 == 0:
             cases += [Case("qwen3_moe", (1, 2, 2), backend="inductor", options=options)]
@@ -102,12 +111,13 @@ def main() -> int:
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, metavar="SCENARIO", default=list(SCENARIOS))
     parser.add_argument("--backends", nargs="+", choices=("eager", "inductor"), default=["eager", "inductor"])
     parser.add_argument("--options", nargs="+", choices=OPTIONS, metavar="OPTIONS")
+    parser.add_argument("--optimisations", action="store_true", help="the product of options and models instead")
     parser.add_argument("--write", type=pathlib.Path, metavar="FILE", help="the markdown file to write")
     options = parser.parse_args()
 
     cases = [
         case
-        for case in product()
+        for case in (optimisations() if options.optimisations else product())
         if case.model in options.models
         and (not options.meshes or "x".join(map(str, case.mesh)) in options.meshes)
         and case.scenario in options.scenarios
