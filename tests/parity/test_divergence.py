@@ -41,7 +41,8 @@ class Diverging:
             told.append(text)
             compat.store_client().set(f"told {self.how}", text)
 
-        thread = watch.Watch(run.runtime.groups, 4.0, tell)
+        watch.PATIENCE = 30.0  # on a busy machine an answer takes its time
+        thread = watch.Watch(run.runtime.groups, 6.0, tell)
         update = run.optimizer.step
 
         def step():  # what is new in a first step may take long
