@@ -22,7 +22,7 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -92,23 +92,32 @@ def ours(params: list, **options) -> Callable[[], object]:
     return optimizer.step
 
 
-def torch_adamw(params: list, **options) -> Callable[[], object]:
-    """fp32 master weights around torch's optimizer, as mixed-precision training does it: casts there and back."""
-    masters = [torch.nn.Parameter(p.detach().float()) for p in params]
-    optimizer = torch.optim.AdamW(masters, **OPTIONS, **options)
-    for p in params:
-        p.grad = torch.empty_like(p).normal_(0, 1e-3)
+class Masters:
+    """fp32 master weights around torch's AdamW, as mixed-precision training does it: casts there and back."""
+
+    def __init__(self, params: Iterable, **options):
+        self.params = list(params)
+        self.masters = [torch.nn.Parameter(p.detach().float()) for p in self.params]
+        self.optimizer = torch.optim.AdamW(self.masters, **options)
 
     @torch.no_grad()
-    def step():
-        for master, p in zip(masters, params, strict=True):
+    def step(self) -> None:
+        for master, p in zip(self.masters, self.params, strict=True):
             master.grad = p.grad.float()
-        optimizer.step()
-        for master in masters:
+        self.optimizer.step()
+        for master in self.masters:
             master.grad = None
-        torch._foreach_copy_([p.detach() for p in params], masters)
+        torch._foreach_copy_([p.detach() for p in self.params], self.masters)
 
-    return step
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+
+def torch_adamw(params: list, **options) -> Callable[[], object]:
+    for p in params:
+        p.grad = torch.empty_like(p).normal_(0, 1e-3)
+    return Masters(params, **OPTIONS, **options).step
 
 
 def compiled_loop(params: list) -> Callable[[], object]:

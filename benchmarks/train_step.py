@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 import tedcompile
 from benchmarks import ted
+from benchmarks.optimizer import Masters
 from tedcompile.mesh import MeshShape
 
 CASES = {
@@ -99,28 +100,6 @@ def prepare(system: str, model, mesh):
     return torch.compile(model) if system == "hf_compile" else model
 
 
-class Cast:
-    """torch's fused AdamW on fp32 masters of bf16 parameters, as mixed-precision training has it."""
-
-    def __init__(self, params, lr: float):
-        self.params = list(params)
-        self.masters = [torch.nn.Parameter(p.detach().float()) for p in self.params]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=lr, fused=True)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for master, p in zip(self.masters, self.params, strict=True):
-            master.grad = p.grad.float()
-        self.optimizer.step()
-        for master, p in zip(self.masters, self.params, strict=True):
-            master.grad = None
-            p.copy_(master)
-
-    def zero_grad(self) -> None:
-        for p in self.params:
-            p.grad = None
-
-
 def median_ms(run: Callable[[int], None]) -> float:
     times = []
     for i in range(TIMED):
@@ -140,8 +119,8 @@ def measure(system: str, case: str, mesh, device: torch.device) -> dict:
     model = build(case, torch.bfloat16, device)
     start = time.perf_counter()
     model = prepare(system, model, mesh)
-    kind = tedcompile.optim.TiledAdamW if system == "tedcompile" else Cast
-    optimizer: Any = kind(model.parameters(), lr=1e-4)
+    ours, params = system == "tedcompile", model.parameters()
+    optimizer: Any = tedcompile.optim.TiledAdamW(params, lr=1e-4) if ours else Masters(params, lr=1e-4, fused=True)
 
     def backward(i: int) -> torch.Tensor:
         ids = data[i % len(data)]
@@ -177,10 +156,7 @@ def measure(system: str, case: str, mesh, device: torch.device) -> dict:
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "step_ms": step_ms,
         "step_peak_gib": step_peak / 2**30,
-        "tokens_per_s_per_gpu": data[0].numel()
-        / step_ms
-        * 1e3
-        / (mesh_shape(mesh).tp if system == "tedcompile" else 1),
+        "tokens_per_s_per_gpu": data[0].numel() / step_ms * 1e3 / (mesh_shape(mesh).tp if ours else 1),
         "first_step_s": first,
     }
 

@@ -118,4 +118,4 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += (a.to(total.dtype)) @ b.to(total.dtype)
+        total += a.to(total.dtype) @ b.to(total.dtype)
