@@ -297,6 +297,16 @@ def all_gather(whole: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup
     return gather(whole, part, group=group, async_op=True)
 
 
+def storage(tensor: torch.Tensor) -> int:
+    """Names a tensor's memory, while it lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def storage_uses(storage: int) -> int:
+    """How many tensors hold this memory."""
+    return torch._C._storage_Use_Count(storage)
+
+
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copies each source to its target, in few kernels."""
     if targets:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from tedcompile import compat, graphs, kernels, watch
+from tedcompile import compat, graphs, kernels, replay, watch
 from tedcompile.layouts import D, S
 from tedcompile.options import Options
 from tedcompile.passes import (
@@ -150,12 +150,18 @@ def build(
             ctx.outputs = first
             for name, run in _joint_passes(ctx.options):
                 run_pass(name, run, graph, ctx)
-        stack_free = _compiler(backend, names, deterministic, "cut_layers" not in ctx.options.off)
+        results = first if train else len(joint.graph_module.graph.output_node().args[0])
+        compiler = _compiler(backend, names, deterministic, "cut_layers" not in ctx.options.off)
+        run_forward, run_backward = compiler(False, not train), compiler(True, False)
+        if backend == "inductor" and "cuda_graphs" not in ctx.options.off:
+            roles = [n.meta["role"][0] for n in gm.graph.find_nodes(op="placeholder")]
+            run_forward = replay.recorded(run_forward, {i for i, r in enumerate(roles) if r == "input"}, results)
+            run_backward = replay.recorded(run_backward, None, 0)
         return compat.aot_compile_joint_with_descriptors(
             joint,
             partition_fn=functools.partial(partition, ctx),
-            fw_compiler=stack_free(False, not train),
-            bw_compiler=stack_free(True, False),
+            fw_compiler=run_forward,
+            bw_compiler=run_backward,
         )
 
 

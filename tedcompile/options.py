@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from tedcompile import machines
 from tedcompile.zero import STAGES
 
-# optimisations by the name of their pass; the other passes are what makes the program right
+# optimisations by the name of their pass (cuda_graphs: replay.py); the other passes are what makes the program right
 OPTIONAL = (
     "drop_duplicates", "simplify_collectives", "chunk_tokens", "save_collectives", "fuse_experts", "fuse_loss",
-    "cut_layers",
+    "cut_layers", "cuda_graphs",
 )  # fmt: skip
 # choices that the cost model makes, and the values that may be forced
 PLANS: dict[str, tuple[str, ...]] = {

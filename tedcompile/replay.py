@@ -1,0 +1,166 @@
+"""CUDA graphs: the launches of a compiled graph recorded once and replayed as one, where launching is what takes long.
+
+What a recorded graph gives lies in the same memory at every replay, and stays allocated. So only a graph is recorded
+whose host time is most of its device time, and that gives little; and it is replayed only when nobody holds a result of
+the last time (of two forwards before a backward, or of gradients that are being summed) and arguments lie where they
+lay. Any other call runs as without recording: what is computed is always the same.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from tedcompile import compat, graphs
+
+WARM, SAMPLES = 2, 3  # calls before the measured ones (kernels are loaded, memory is found), and those
+BOUND = 0.7  # part of the device's time that launching takes, from which on the device waits for the host
+LARGEST = 1 / 8  # of the device's memory: what results may keep
+MISSES = 16  # calls in a row that could not be replays, after which the memory is given back
+
+
+def recordable(gm: GraphModule) -> bool:
+    """Whether a graph runs on one GPU alone: no collective, no value on the host, no size that only a run knows."""
+    for node in gm.graph.nodes:
+        if graphs.collective(node):
+            return False
+        value = node.meta.get("val")
+        for v in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(v, Tensor) and (v.device.type != "cuda" or not all(type(s) is int for s in v.shape)):
+                return False
+            if isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                return False
+    return True
+
+
+def record(run: Callable[[list], Any], args: list) -> tuple[Any, Callable[[], None]]:
+    """Records `run(args)` without running it: its results' memory, and what computes them."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may load data meanwhile
+        results = run(args)
+    return results, graph.replay
+
+
+def recorded(compiler: Callable, moving: set[int] | None, visible: int) -> Callable:
+    """A compiler of graphs, what it makes recorded where it can be; `moving` None: the gradients of the results."""
+
+    def compile_graph(gm: GraphModule, example_inputs: list) -> Callable:
+        if not recordable(gm):
+            return compiler(gm, example_inputs)
+        inputs = gm.graph.find_nodes(op="placeholder")
+        moves = {i for i, n in enumerate(inputs) if n.name.startswith("tangents")} if moving is None else moving
+        return Recorded(compiler(gm, example_inputs), moves, visible)
+
+    return compile_graph
+
+
+class Recorded:
+    """A compiled graph that takes a list of tensors, replayed where that is the same and faster.
+
+    `moving`: the arguments that lie elsewhere at every call; they are copied. The first `visible` results go to the
+    user, who may keep them: they are copies.
+    """
+
+    _boxed_call = True
+
+    def __init__(self, run: Callable[[list], Any], moving: set[int], visible: int, record: Callable = record):
+        self.run, self.moving, self.visible, self.record = run, moving, visible, record
+        self.calls, self.misses, self.off = 0, 0, False
+        self.samples: deque[tuple[float, Any, Any]] = deque(maxlen=SAMPLES)
+        self.addresses: list[int] = []
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self, args: list) -> Any:
+        if self.off or not all(isinstance(a, Tensor) for a in args):
+            return self.run(args)
+        addresses = [a.data_ptr() for i, a in enumerate(args) if i not in self.moving]
+        same, self.addresses = addresses == self.addresses, addresses
+        if self.replay is None and same and self._slow():
+            self._record(args)
+        if self.replay is None:
+            return self._measure(args)
+        if addresses == self.at and all(compat.storage_uses(s) == n for s, n in self.held.items()):
+            self.misses = 0
+            return self._replay(args)
+        self.misses += 1
+        if self.misses > MISSES:
+            self._forget()
+        return self.run(args)
+
+    # ---- deciding
+
+    def _measure(self, args: list) -> Any:
+        self.calls += 1
+        if self.calls <= WARM or self.off:
+            return self.run(args)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        begin = time.perf_counter()
+        results = self.run(args)
+        host = time.perf_counter() - begin
+        end.record()
+        self.samples.append((host, start, end))
+        return results
+
+    def _slow(self) -> bool:
+        """Whether the device waited for the host in most of the last calls; waits for neither."""
+        if len(self.samples) < SAMPLES or not self.samples[-1][2].query():
+            return False
+        bound = [host * 1e3 > BOUND * start.elapsed_time(end) for host, start, end in self.samples]
+        return sum(bound) > SAMPLES / 2
+
+    # ---- recording
+
+    def _record(self, args: list) -> None:
+        self.inputs = {i: args[i].detach().clone() for i in self.moving}
+        given = [self.inputs.get(i, a) for i, a in enumerate(args)]
+        fixed = {id(a): i for i, a in enumerate(args) if i not in self.moving}
+        try:
+            results, self.replay = self.record(self.run, given)
+        except RuntimeError as error:
+            self._forget()
+            warnings.warn(f"a graph could not be recorded as a CUDA graph and runs without: {error}", stacklevel=2)
+            return
+        self.at = self.addresses
+        # what a result is: an argument's number, or memory of the recording
+        self.results = [fixed.get(id(r), r) for r in results]
+        theirs = {compat.storage(a) for i, a in enumerate(args) if i not in self.moving}
+        kept = [r for r in self.results[self.visible :] if isinstance(r, Tensor)]
+        storages = {compat.storage(t): t for t in (*kept, *self.inputs.values())}
+        if sum(t.untyped_storage().nbytes() for t in storages.values()) > LARGEST * _memory(args):
+            self._forget()
+            return
+        del results, given
+        self.held = {s: compat.storage_uses(s) for s in storages if s not in theirs}
+
+    def _replay(self, args: list) -> list:
+        assert self.replay is not None
+        for i, mine in self.inputs.items():
+            mine.copy_(args[i])
+        self.replay()
+        found = []
+        for i, r in enumerate(self.results):
+            if isinstance(r, Tensor):
+                r = r.clone() if i < self.visible else r.detach()
+            elif isinstance(r, int):
+                r = args[r]
+            found.append(r)
+        args.clear()
+        return found
+
+    def _forget(self) -> None:
+        self.off, self.replay = True, None
+        self.inputs, self.results, self.held = {}, [], {}
+
+
+def _memory(args: list[Tensor]) -> float:
+    device = next((a.device for a in args if a.is_cuda), None)
+    return torch.cuda.get_device_properties(device).total_memory if device is not None else float("inf")
