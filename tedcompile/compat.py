@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._export import non_strict_utils
+from torch._functorch._aot_autograd import graph_compile
 from torch._functorch.aot_autograd import (  # noqa: F401
     aot_compile_joint_with_descriptors,
     aot_export_joint_with_descriptors,
@@ -96,6 +97,11 @@ def unprinted_export():
     import torch.export._trace as trace
 
     return unittest.mock.patch.object(trace, "print", lambda *_, **__: None, create=True)
+
+
+def undonated() -> contextlib.AbstractContextManager:
+    """A backward that is compiled inside may run again, with retain_graph=True: it writes over nothing it was given."""
+    return unittest.mock.patch.object(graph_compile, "collect_bw_donated_buffer_idxs", lambda *_: [])
 
 
 def own_tracing():
@@ -278,8 +284,14 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def like(tensor: DTensor, local: torch.Tensor) -> DTensor:
-    """`local` with the mesh, layout and global shape of `tensor`."""
-    return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
+    """`local` with the mesh, layout and global shape of `tensor`.
+
+    torch's deepcopy takes a DTensor for a plain tensor when its local one starts later in its memory than at 0.
+    """
+    start = local.as_strided(local.shape, local.stride(), 0) if local.storage_offset() else local
+    made = DTensor(start, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
+    made._local_tensor = local
+    return made
 
 
 def set_local(tensor: torch.Tensor, local: torch.Tensor) -> None:
@@ -311,6 +323,23 @@ def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> No
     """Copies each source to its target, in few kernels."""
     if targets:
         torch._foreach_copy_(targets, sources)
+
+
+def foreach_add(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Adds each source to its target, in few kernels."""
+    torch._foreach_add_(targets, sources)
+
+
+def only_accumulates(parameter: torch.Tensor) -> bool:
+    """In a backward: whether all that it does with this parameter's gradient is to add it to `.grad`."""
+    after = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    if getattr(parameter, "_backward_hooks", None) or any(hook is not keep_spec for hook in after.values()):
+        return False
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch.autograd.grad has asked for it
+        return False
 
 
 def with_local(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

@@ -157,12 +157,13 @@ def build(
             roles = [n.meta["role"][0] for n in gm.graph.find_nodes(op="placeholder")]
             run_forward = replay.recorded(run_forward, {i for i, r in enumerate(roles) if r == "input"}, results)
             run_backward = replay.recorded(run_backward, None, 0)
-        return compat.aot_compile_joint_with_descriptors(
-            joint,
-            partition_fn=functools.partial(partition, ctx),
-            fw_compiler=run_forward,
-            bw_compiler=run_backward,
-        )
+        with compat.undonated():
+            return compat.aot_compile_joint_with_descriptors(
+                joint,
+                partition_fn=functools.partial(partition, ctx),
+                fw_compiler=run_forward,
+                bw_compiler=run_backward,
+            )
 
 
 def _joint_passes(options: Options) -> list[tuple[str, Callable]]:

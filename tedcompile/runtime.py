@@ -20,13 +20,14 @@ import torch.utils._pytree as pytree
 
 from tedcompile import compat, compile, machines, pipeline, watch, zero
 from tedcompile.capture import bind, capture
+from tedcompile.gradients import deliver
 from tedcompile.layouts import Layout
 from tedcompile.mesh import Groups
 from tedcompile.options import Options
 
 
 class _ToLocal(torch.autograd.Function):
-    """DTensor parameters to their local shards; in the backward, local gradients to DTensors of the same layout."""
+    """DTensor parameters to their local shards; in the backward, local gradients to their parameters."""
 
     @staticmethod
     def forward(ctx, *parameters):
@@ -36,7 +37,7 @@ class _ToLocal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return tuple(None if g is None else zero.gradient(p, g) for p, g in zip(ctx.parameters, gradients, strict=True))
+        return tuple(deliver(ctx.parameters, gradients))
 
 
 @dataclass
@@ -117,6 +118,7 @@ class Runtime:
             raise
         leaves, spec = pytree.tree_flatten(named)
         leaves = [torch.tensor(x) if type(x) in (int, float) else x for x in leaves]
+        leaves = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in leaves]  # what the graphs read
         key = self.signature(model, leaves, spec)
         self.agree(key)
         program = self.programs.get(key)

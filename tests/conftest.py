@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
         import triton.experimental.gluon  # noqa: F401  (the interpreter imports it late)
 
         import tedcompile.kernels.experts
+        import tedcompile.kernels.gradients
         import tedcompile.kernels.losses  # noqa: F401
     del os.environ["TRITON_INTERPRET"]  # not for the processes that tests start
     if chosen is not None:

@@ -15,16 +15,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tedcompile import compat, zero
+from tedcompile import compat, gradients, kernels, zero
 from tedcompile.lazy import cut, spans
 from tedcompile.mesh import Groups
+from tedcompile.optim import tiles
 from tedcompile.optim.tiles import BLOCK
+
+VERSION = attrgetter("_version")
+CHUNK = 8192  # elements of a gradient with one sum of squares
 
 
 @dataclass(eq=False)
@@ -99,12 +104,81 @@ class Bucket:
             if not self.scattered:
                 compat.set_local(slot.param, slot.view(self.param))
             slot.grad = compat.with_local(slot.grad, slot.view(self.grad).data)  # .data: it counts its own versions
+        self._arrivals()
         self.read()
         whole = 1
         if self.mesh is not None:
             whole = math.prod(self.mesh.size(i) for i, p in enumerate(params[0].placements) if p.is_replicate())
         self.weight = self.copies / whole  # of this rank's sum of squares in that of the whole mesh
         self.limit = limit  # own rows of a tile
+
+    # ---- gradients
+
+    def _arrivals(self) -> None:
+        """Gradients of a backward come here (`gradients.deliver`)."""
+        self.fused = self.grad.is_cuda and kernels.installed()  # one kernel, that sums squares too
+        self._sums, count = [], 0
+        for slot in self.slots:
+            self._sums.append(count)
+            count += -(-compat.local_tensor(slot.grad).numel() // CHUNK)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self._squares = torch.zeros(count if self.fused else 0, dtype=wide, device=self.device)
+        grads = [slot.grad for slot in self.slots]
+        self._counted = [*grads, *(t for g in grads if (t := compat.local_tensor(g)) is not g)]
+        self.zero()
+        for number, slot in enumerate(self.slots):
+            gradients.settle(slot.param, self, number)
+
+    def _versions(self) -> int:
+        return sum(map(VERSION, self._counted))
+
+    def zero(self) -> None:
+        self.grad.zero_()
+        self._squares.zero_()
+        self._zero, self._known, self._seen = True, self.fused, self._versions()
+
+    def takes(self, number: int, parameter: Tensor, gradient: Tensor) -> bool:
+        slot = self.slots[number]
+        mine = compat.local_tensor(slot.grad)
+        ours = slot.param is parameter and (parameter.grad is None or parameter.grad is slot.grad)
+        return ours and gradient.dtype == mine.dtype and gradient.shape == mine.shape
+
+    def deliver(self, arrived: Sequence[tuple[int, Tensor]]) -> None:
+        """Gradients of a backward, by the numbers of their slots."""
+        if self._versions() != self._seen:  # somebody has written
+            self._zero = self._known = False
+        first: list[tuple[int, Tensor]] = []
+        further: list[tuple[int, Tensor]] = []
+        for number, gradient in arrived:
+            slot = self.slots[number]
+            (first if self._zero or slot.param.grad is None else further).append((number, gradient))
+            slot.touched = True
+            if slot.param.grad is None:
+                slot.param.grad = slot.grad
+        for members, add in ((first, False), (further, True)):
+            if members:
+                self._write(members, add)
+        self._zero, self._seen = False, self._versions()
+
+    def _write(self, members: Sequence[tuple[int, Tensor]], add: bool) -> None:
+        sources = [gradient for _, gradient in members]
+        if self.fused:
+            from tedcompile.kernels.gradients import deliver
+
+            places = [(self.slots[number].start, self._sums[number]) for number, _ in members]
+            deliver(sources, places, self.grad, self._squares, add, CHUNK)
+            return
+        targets = [compat.local_tensor(self.slots[number].grad) for number, _ in members]
+        compat.foreach_add(targets, sources) if add else compat.foreach_copy(targets, sources)
+
+    def squares(self) -> Tensor:
+        """This rank's part of the sum of squares of the gradients over the whole mesh, 0-d fp64."""
+        if self._known and self._versions() == self._seen:
+            return self._squares.sum(dtype=torch.float64) * (self.weight / self.shards)
+        parts = [tiles.squares(self.grad[start : start + rows]) for start, rows, _ in self.tiles()]
+        return sum(parts[1:], parts[0]) * self.weight
+
+    # ---- parameters
 
     def read(self) -> None:
         """Parts of parameters to rows."""

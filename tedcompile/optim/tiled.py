@@ -1,7 +1,8 @@
 """`Tiled`: a torch.optim.Optimizer that runs any update rule, tile by tile over flat memory, as one compiled kernel.
 
-A step reads the gradients once for their norm (when it clips or looks for inf and nan), makes the step's numbers in
-one small kernel, and runs the rule's kernel over each bucket: a handful of launches, whatever the number of tensors.
+A step makes its numbers in one small kernel, and runs the rule's kernel over each bucket: a handful of launches,
+whatever the number of tensors. The norm for clipping and for inf and nan comes with the gradients of a backward (on
+GPUs, `flat.Bucket.deliver`); where somebody else has written them, the step reads them once more.
 Nothing waits for the device, unless offloaded state is updated on the host: a skipped step is a flag that the kernels
 read.
 """
@@ -21,11 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from tedcompile import compat
 from tedcompile.optim import rules, tiles
-from tedcompile.optim.flat import Bucket, Slot, copies, share
+from tedcompile.optim.flat import VERSION, Bucket, Slot, copies, share
 from tedcompile.optim.offload import Array, Stager, choose
 from tedcompile.optim.tiles import BLOCK, LAUNCH
 
-GRAD, VERSION = attrgetter("grad"), attrgetter("_version")
+GRAD = attrgetter("grad")
 CHOICES = {"master": ("fp32", "split"), "moments": ("fp32", "bf16", "int8"), "offload": (None, "cpu")}
 CHOICES["update_on"] = ("auto", "device", "host")
 
@@ -64,8 +65,7 @@ class Tiled(torch.optim.Optimizer):
             ("split", as exact, 2 bytes a parameter less).
         moments: how states are stored: "fp32", "bf16" or "int8" (block-wise).
         max_grad_norm: clips the norm of all gradients, over the whole mesh, as torch.nn.utils.clip_grad_norm_ does.
-        check_finite: leaves out a step whose gradients have an inf or nan, on all ranks (`skipped` counts them). Free
-            when clipping; else it reads the gradients once more.
+        check_finite: leaves out a step whose gradients have an inf or nan, on all ranks (`skipped` counts them).
         **numbers: defaults of the rule's numbers (lr, ...), which param groups may override.
 
     `grad_norm`: of the last step, before clipping, a 0-d fp64 tensor; nan when it was not computed.
@@ -287,10 +287,8 @@ class Tiled(torch.optim.Optimizer):
         """The sum of squares of all gradients, each element of the whole mesh counted once."""
         totals: dict[Any, Tensor] = {}
         for kept in self.kept:
-            bucket = kept.bucket
-            for start, rows, _ in bucket.tiles():
-                found = tiles.squares(bucket.grad[start : start + rows]) * bucket.weight
-                totals[bucket.mesh] = found + totals[bucket.mesh] if bucket.mesh in totals else found
+            mesh, found = kept.bucket.mesh, kept.bucket.squares()
+            totals[mesh] = found + totals[mesh] if mesh in totals else found
         for mesh, total in totals.items():
             for axis in range(mesh.ndim if mesh is not None else 0):
                 if mesh.size(axis) > 1:
@@ -300,10 +298,11 @@ class Tiled(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zeroes gradients in one write a bucket; they stay views of flat memory, whatever `set_to_none`."""
         for kept in self.kept:
-            kept.bucket.grad.zero_()
-        for _, slot in self._slots():
-            if slot.param.grad is not None:
-                slot.param.grad = slot.grad
+            kept.bucket.zero()
+        if not all(map(is_, map(GRAD, self._params), self._grads)):
+            for _, slot in self._slots():
+                if slot.param.grad is not None:
+                    slot.param.grad = slot.grad
 
     # ---- the step
 

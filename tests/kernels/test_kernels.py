@@ -7,7 +7,7 @@ from tedcompile.ops import gated, ops, products, tokens
 
 triton = pytest.importorskip("triton")
 
-from tedcompile.kernels import experts, grouped, routing  # noqa: E402
+from tedcompile.kernels import experts, gradients, grouped, routing  # noqa: E402
 from tedcompile.kernels import losses as loss_kernels  # noqa: E402
 from tedcompile.kernels.configs import Config  # noqa: E402
 
@@ -187,3 +187,30 @@ def test_losses(columns, scale, monkeypatch):
 def test_a_target_that_is_no_column_is_no_number():
     losses, _ = loss_kernels.loss_rows(torch.randn(3, 5), torch.tensor([4, 5, -1]), -100, 1.0)
     assert losses.isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_deliver_gradients(dtype):
+    sizes, chunk = [(7, 300), (1,), (256,), (0,), (513,)], 512
+    found = [torch.randn(s).to(dtype) for s in sizes]
+    found[0] = found[0].t().contiguous().t()  # not row-major
+    found[4] = torch.randn(514).to(dtype)[1:]  # not on 16 bytes
+    rows = [-(-t.numel() // 256) for t in found]
+    sums = [-(-t.numel() // chunk) for t in found]
+    places = [(sum(rows[:i]), sum(sums[:i])) for i in range(len(found))]
+    flat, squares = (
+        torch.zeros(sum(rows), 256, dtype=dtype),
+        torch.zeros(sum(sums), dtype=torch.promote_types(dtype, torch.float32)),
+    )
+    want = [torch.zeros_like(t) for t in found]
+    for add in (False, True):
+        gradients.deliver(found, places, flat, squares, add, chunk)
+        want = [w + t for w, t in zip(want, found, strict=True)]
+        for w, (row, place), n in zip(want, places, sums, strict=True):
+            assert torch.equal(flat[row:].flatten()[: w.numel()], w.flatten())
+            close(squares[place : place + n].sum(), w.to(squares.dtype).square().sum(), 1e-5)
+    some = [2, 4]  # the others stay
+    gradients.deliver([found[i] for i in some], [places[i] for i in some], flat, squares, False, chunk)
+    for i, (row, _) in enumerate(places):
+        now = found[i] if i in some else want[i]
+        assert torch.equal(flat[row:].flatten()[: now.numel()], now.flatten())

@@ -273,6 +273,19 @@ def autocast():
             assert close(p.grad.full_tensor(), q.grad, 0.2), name
 
 
+def strides_and_retained_graphs():
+    """Compiled code reads dense inputs, and may write over what a backward has read: neither shows."""
+    plain, model = make(), tedcompile.parallelize(make(), mesh_of(dp=1), example_inputs=batch(0))
+    apart = {k: torch.stack([v, v], -1)[..., 0] for k, v in batch(0).items()}
+    assert not any(v.is_contiguous() for v in apart.values())
+    for m in (model, plain):
+        loss = m(**apart)["loss"]
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert q.grad is None or close(p.grad.full_tensor(), q.grad), name
+
+
 def pairs(model, plain):
     return zip(model.parameters(), plain.parameters(), strict=True)
 
@@ -329,6 +342,7 @@ def second_thoughts():
 
 
 CASES = {second_thoughts: 4, everyday_use: 4, outputs: 2, disagreement: 2, bad_input: 2, random_numbers: 4, autocast: 4}
+CASES[strides_and_retained_graphs] = 1
 
 
 def run(rank, world, port, function):
