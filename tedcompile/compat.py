@@ -330,12 +330,11 @@ def foreach_add(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> Non
     torch._foreach_add_(targets, sources)
 
 
-def only_accumulates(parameter: torch.Tensor) -> bool:
-    """In a backward: whether all that it does with this parameter's gradient is to add it to `.grad`."""
+def only_accumulates(parameter: torch.Tensor, node: Any) -> bool:
+    """In a backward: whether all that it does with this parameter's gradient, by `node`, is to add it to `.grad`."""
     after = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
     if getattr(parameter, "_backward_hooks", None) or any(hook is not keep_spec for hook in after.values()):
         return False
-    node = torch.autograd.graph.get_gradient_edge(parameter).node
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # torch.autograd.grad has asked for it

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,17 +32,20 @@ def settle(parameter: Tensor, home: Home, number: int) -> None:
     _homes[parameter] = (weakref.ref(home), number)
 
 
-def deliver(parameters: Sequence[DTensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """In a backward: takes local gradients home; returns, as DTensors, those that autograd is to accumulate."""
+def deliver(
+    parameters: Sequence[DTensor], gradients: Sequence[Tensor | None], nodes: Sequence[Any]
+) -> list[Tensor | None]:
+    """In a backward: takes local gradients home; returns, as DTensors, those that autograd is to accumulate.
+
+    `nodes`: those of the graph that are to do so.
+    """
     left: list[Tensor | None] = []
     arrived: dict[Home, list[tuple[int, Tensor]]] = {}
     usual = torch.is_grad_enabled()  # a graph of the backward is wanted
-    for p, g in zip(parameters, gradients, strict=True):
-        home, number = None, 0
-        if g is not None and not usual and p in _homes:
-            reference, number = _homes[p]
-            home = reference()
-        if g is not None and home is not None and home.takes(number, p, g) and compat.only_accumulates(p):
+    for p, g, node in zip(parameters, gradients, nodes, strict=True):
+        reference, number = (None, 0) if g is None or usual else _homes.get(p, (None, 0))
+        home = reference and reference()
+        if g is not None and home and home.takes(number, p, g) and compat.only_accumulates(p, node):
             arrived.setdefault(home, []).append((number, g))
             g = None
         left.append(None if g is None else zero.gradient(p, g))

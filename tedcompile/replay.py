@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,8 @@ from torch.fx import GraphModule
 from tedcompile import compat, graphs
 
 WARM, SAMPLES = 2, 3  # calls before the measured ones (kernels are loaded, memory is found), and those
-BOUND = 0.7  # part of the device's time that launching takes, from which on the device waits for the host
+ROUNDS = 3  # of samples, after which a graph that is not slow to launch is left alone
+BOUND = 0.9  # part of the device's time that launching takes, from which on the device waits for the host
 LARGEST = 1 / 8  # of the device's memory: what results may keep
 MISSES = 16  # calls in a row that could not be replays, after which the memory is given back
 
@@ -74,7 +74,8 @@ class Recorded:
     def __init__(self, run: Callable[[list], Any], moving: set[int], visible: int, record: Callable = record):
         self.run, self.moving, self.visible, self.record = run, moving, visible, record
         self.calls, self.misses, self.off = 0, 0, False
-        self.samples: deque[tuple[float, Any, Any]] = deque(maxlen=SAMPLES)
+        self.samples: list[tuple[float, Any, Any]] = []
+        self.rounds = 0
         self.addresses: list[int] = []
         self.replay: Callable[[], None] | None = None
 
@@ -99,7 +100,7 @@ class Recorded:
 
     def _measure(self, args: list) -> Any:
         self.calls += 1
-        if self.calls <= WARM or self.off:
+        if self.calls <= WARM or self.off or len(self.samples) == SAMPLES:
             return self.run(args)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -111,11 +112,15 @@ class Recorded:
         return results
 
     def _slow(self) -> bool:
-        """Whether the device waited for the host in most of the last calls; waits for neither."""
+        """Whether the device waited for the host in most of the measured calls; waits for neither."""
         if len(self.samples) < SAMPLES or not self.samples[-1][2].query():
             return False
         bound = [host * 1e3 > BOUND * start.elapsed_time(end) for host, start, end in self.samples]
-        return sum(bound) > SAMPLES / 2
+        self.samples = []
+        self.rounds += 1
+        slow = sum(bound) > SAMPLES / 2
+        self.off = not slow and self.rounds == ROUNDS
+        return slow
 
     # ---- recording
 

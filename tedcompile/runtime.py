@@ -37,7 +37,7 @@ class _ToLocal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return tuple(deliver(ctx.parameters, gradients))
+        return tuple(deliver(ctx.parameters, gradients, [node for node, _ in ctx.next_functions]))
 
 
 @dataclass
