@@ -18,13 +18,13 @@ def _embedding(c: Call) -> Layout:
 
 
 def _cross_entropy_shard(x, target, weight=None, reduction=1, ignore=-100, smoothing=0.0):
-    """Cross-entropy over a vocabulary split over tp; the logits are never whole on any rank."""
+    """Cross-entropy over a vocabulary split over tp; the logits are never whole on any rank (passes/fuse_loss.py)."""
+    valid = aten.ne.Scalar(target, ignore)
+    to = aten.where.self(valid, target, aten.zeros_like.default(target))
     biggest = ops.all_max.default(aten.amax.default(aten.detach.default(x), [-1], True), "tp")
     z = aten.sub.Tensor(x, biggest)
     total = ops.all_reduce.default(aten.sum.dim_IntList(aten.exp.default(z), [-1]), "tp")
-    valid = aten.ne.Scalar(target, ignore)
-    zeros = aten.zeros_like.default(target)
-    picked = ops.all_reduce.default(ops.pick.default(z, aten.where.self(valid, target, zeros), "tp"), "tp")
+    picked = ops.all_reduce.default(ops.pick.default(z, to, "tp"), "tp")
     losses = aten.sub.Tensor(aten.log.default(total), picked)
     losses = aten.where.self(valid, losses, aten.zeros_like.default(losses))
     if reduction == 0:

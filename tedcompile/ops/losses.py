@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tedcompile.ops.define import define, ops
+from tedcompile.ops.vocabulary import local_ids
 
 CHUNK = 1 << 30  # bytes of logits that exist at a time
 
@@ -22,31 +23,36 @@ def chunk_rows(rows: int, columns: int, itemsize: int) -> int:
 
 
 @define(
-    "loss_rows(Tensor logits, Tensor target, int ignore, float scale) -> (Tensor, Tensor)",
-    lambda logits, target, ignore, scale: (
+    "loss_rows(Tensor logits, Tensor target, float scale) -> (Tensor, Tensor)",
+    lambda logits, target, scale: (
         logits.new_empty(len(logits), dtype=_wide(logits.dtype)),
         logits.new_empty(len(logits), dtype=_wide(logits.dtype)),
     ),
 )
-def loss_rows(logits, target, ignore, scale):
-    """logits (N, V), target (N,) -> (N,), (N,): cross-entropy of scale * logits, 0 where ignored, and log-sum-exp."""
+def loss_rows(logits, target, scale):
+    """logits (N, V), target (N,) -> (N,), (N,): of scale * logits the log-sum-exp, and the value at the target, 0 where
+    that is no column."""
     z = logits.to(_wide(logits.dtype)) * scale
-    total, valid = z.logsumexp(-1), target != ignore
-    picked = z.gather(-1, torch.where(valid, target, 0)[:, None])[:, 0]
-    return torch.where(valid, total - picked, 0), total
+    index, inside = _inside(target, logits.shape[1])
+    return z.logsumexp(-1), z.gather(-1, index[:, None])[:, 0] * inside
 
 
 @define(
-    "loss_gradient_(Tensor(a!) logits, Tensor target, Tensor total, int ignore, float scale) -> ()",
-    lambda logits, target, total, ignore, scale: None,
+    "loss_gradient_(Tensor(a!) logits, Tensor target, Tensor total, Tensor g_total, Tensor g_picked, float scale)"
+    " -> ()",
+    lambda logits, target, total, g_total, g_picked, scale: None,
 )
-def loss_gradient_(logits, target, total, ignore, scale):
-    """Overwrites logits (N, V) by the gradient that the sum of `loss_rows` has for them; `total` is its log-sum-exp."""
-    p = torch.exp(logits.to(total.dtype) * scale - total[:, None])
-    valid = target != ignore
-    index = torch.where(valid, target, 0)[:, None]
-    p.scatter_add_(-1, index, p.new_full((), -1.0).expand_as(index))
-    logits.copy_(torch.where(valid[:, None], p * scale, 0))
+def loss_gradient_(logits, target, total, g_total, g_picked, scale):
+    """Overwrites logits (N, V) by their gradient, of those of what `loss_rows` gives; `total`: the first."""
+    p = torch.exp(logits.to(total.dtype) * scale - total[:, None]) * g_total[:, None]
+    index, inside = _inside(target, logits.shape[1])
+    p.scatter_add_(-1, index[:, None], (g_picked * inside)[:, None])
+    logits.copy_(p * scale)
+
+
+def _inside(target: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    inside = (target >= 0) & (target < columns)
+    return torch.where(inside, target, 0), inside
 
 
 def _fake(x, weight, bias, target, ignore, scale, gradients):
@@ -95,20 +101,95 @@ def linear_loss(x, weight, bias, target, ignore, scale, gradients):
         grad_bias = x.new_zeros(weight.shape[0] if bias is not None else 0, dtype=wide)
     else:
         grad_x, grad_weight, grad_bias = x.new_empty(0), x.new_empty(0, dtype=wide), x.new_empty(0, dtype=wide)
-    rows = chunk_rows(len(x), weight.shape[0], x.element_size())
-    for start in range(0, len(x), rows):
-        part, to = x[start : start + rows], target[start : start + rows]
-        logits = F.linear(part, weight, bias)
-        losses, total = ops.loss_rows(logits, to, ignore, scale)
-        loss += losses.sum()
+    for part in _chunks(x, weight):
+        to = target[part]
+        logits = F.linear(x[part], weight, bias)
+        total, picked = ops.loss_rows(logits, to, scale)
+        valid = to != ignore
+        loss += torch.where(valid, total - picked, 0).sum()
+        loss += torch.where(
+            valid & ((to < 0) | (to >= len(weight))), torch.nan, 0.0
+        ).sum()  # a target that is no column
         if gradients:
-            ops.loss_gradient_(logits, to, total, ignore, scale)
-            torch.mm(logits, weight, out=grad_x[start : start + rows])
-            _add_product(grad_weight, logits.t(), part)
+            ops.loss_gradient_(logits, to, total, valid.to(wide), -valid.to(wide), scale)
+            torch.mm(logits, weight, out=grad_x[part])
+            _add_product(grad_weight, logits.t(), x[part])
             if bias is not None:
                 grad_bias += logits.sum(0, dtype=wide)
         del logits  # before there are others
     return loss, grad_x, grad_weight, grad_bias
+
+
+def own_columns(target: Tensor, size: int, axis: str) -> Tensor:
+    """Targets as columns of this rank, -1 where they are another's."""
+    local, inside = local_ids(target, size, axis)
+    return torch.where(inside, local, -1)
+
+
+def _linear_rows_fake(x, weight, bias, target, scale, axis):
+    return tuple(x.new_empty(len(x), dtype=_wide(x.dtype)) for _ in range(2))
+
+
+def _save_rows(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], output[0])
+    ctx.scale, ctx.axis = inputs[4:]
+
+
+def _rows_vjp(ctx, g_total, g_picked):
+    x, weight, bias, target, total = ctx.saved_tensors
+    found = ops.linear_rows_vjp(x, weight, bias, target, total, g_total, g_picked, ctx.scale, ctx.axis)
+    return *found[: 3 if bias is not None else 2], *(None,) * (3 if bias is not None else 4)
+
+
+@define(
+    "linear_rows(Tensor x, Tensor weight, Tensor? bias, Tensor target, float scale, str axis) -> (Tensor, Tensor)",
+    _linear_rows_fake,
+    (_save_rows, _rows_vjp),
+)
+def linear_rows(x, weight, bias, target, scale, axis):
+    """What a cross-entropy needs of z = scale * (x weight^T + bias), of which this rank has V/size columns.
+
+    x (N, H), weight (V/size, H), bias (V/size,), target (N,) of all columns -> (N,), (N,) fp32: the log-sum-exp of
+    the own columns; and z at the target, partial: 0 where another rank has it.
+    """
+    to = own_columns(target, len(weight), axis)
+    parts = []
+    for part in _chunks(x, weight):
+        parts.append(ops.loss_rows(F.linear(x[part], weight, bias), to[part], scale))
+    return (
+        tuple(torch.cat(p) for p in zip(*parts, strict=True)) if parts else _linear_rows_fake(x, weight, *(None,) * 4)
+    )
+
+
+@define(
+    "linear_rows_vjp(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor total, Tensor g_total,"
+    " Tensor g_picked, float scale, str axis) -> (Tensor, Tensor, Tensor)",
+    lambda x, weight, bias, *_: (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        weight.new_empty(len(weight) if bias is not None else 0),
+    ),
+)
+def linear_rows_vjp(x, weight, bias, target, total, g_total, g_picked, scale, axis):
+    """The gradients of `linear_rows` for x, weight and bias (empty without one): the logits are made once more."""
+    to = own_columns(target, len(weight), axis)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_weight = torch.zeros_like(weight, dtype=total.dtype, memory_format=torch.contiguous_format)
+    grad_bias = total.new_zeros(len(weight) if bias is not None else 0)
+    for part in _chunks(x, weight):
+        logits = F.linear(x[part], weight, bias)
+        ops.loss_gradient_(logits, to[part], total[part], g_total[part], g_picked[part], scale)
+        torch.mm(logits, weight, out=grad_x[part])
+        _add_product(grad_weight, logits.t(), x[part])
+        if bias is not None:
+            grad_bias += logits.sum(0, dtype=total.dtype)
+        del logits
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def _chunks(x: Tensor, weight: Tensor) -> list[slice]:
+    rows = chunk_rows(len(x), len(weight), x.element_size())
+    return [slice(start, start + rows) for start in range(0, len(x), rows)]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

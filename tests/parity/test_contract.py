@@ -15,6 +15,7 @@ from torch import nn
 
 import tedcompile
 from tedcompile import processes
+from tedcompile.ops import losses
 from tests import models
 
 
@@ -286,6 +287,27 @@ def strides_and_retained_graphs():
         assert q.grad is None or close(p.grad.full_tensor(), q.grad), name
 
 
+def split_vocabulary():
+    """The loss of a split vocabulary, chunk by chunk: compiled, in fp32 and bf16, with ignored labels."""
+    calls, chunks = [], losses._chunks
+    losses.CHUNK, losses._chunks = 500, lambda x, weight: calls.append(len(x)) or chunks(x, weight)
+    mesh = mesh_of(tp=2)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
+        plain, model = make().to(dtype), make().to(dtype)
+        tedcompile.parallelize(model, mesh, example_inputs=batch(0))
+        given = batch(0)
+        given["labels"] = torch.where(given["ids"] < 8, -100, given["labels"])
+        for m in (model, plain):
+            m(**given)["loss"].backward()
+        for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert q.grad is None or close(p.grad.full_tensor(), q.grad, tolerance), name
+        for m in (model, plain):
+            m.eval()
+        with torch.no_grad():
+            assert close(model(**given)["loss"], plain(**given)["loss"], tolerance)
+    assert calls == [16] * 4  # of two models a forward and its backward; evaluation returns the logits
+
+
 def pairs(model, plain):
     return zip(model.parameters(), plain.parameters(), strict=True)
 
@@ -342,7 +364,7 @@ def second_thoughts():
 
 
 CASES = {second_thoughts: 4, everyday_use: 4, outputs: 2, disagreement: 2, bad_input: 2, random_numbers: 4, autocast: 4}
-CASES[strides_and_retained_graphs] = 1
+CASES |= {strides_and_retained_graphs: 1, split_vocabulary: 2}
 
 
 def run(rank, world, port, function):

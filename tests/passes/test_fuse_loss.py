@@ -10,7 +10,7 @@ from tedcompile.ops import losses, ops
 from tedcompile.passes import fuse_loss
 from tests import lockstep
 
-B, S, H, V = 2, 7, 6, 11
+B, S, H, V = 2, 7, 6, 12
 
 
 def shifted_labels(m, h, labels):
@@ -109,11 +109,46 @@ def test_others_stay(loss):
     assert worst < 1e-12
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("loss", [shifted_labels, shifted_logits, flat, tied], ids=lambda f: f.__name__)
+def test_a_split_vocabulary(loss, bias, monkeypatch):
+    """Each rank's rows are one op, chunk by chunk; the same numbers, and not one collective more."""
+    monkeypatch.setattr(losses, "CHUNK", 3 * V * 8)
+    model = Model(loss, bias, torch.float64)
+    torch.manual_seed(1)
+    inputs = {"ids": torch.randint(V, (B, S)), "labels": torch.randint(V, (B, S))}
+    inputs["labels"][0, 2:4] = -100 if loss is not flat else 3
+    mesh = MeshShape(tp=2)
+    gm, ctx = lockstep.distributed(model, inputs, mesh)
+    before = lockstep.targets(gm)
+    fuse_loss.run(gm, ctx)
+    gm.graph.lint()
+    after = lockstep.targets(gm)
+    assert after.count("ted::linear_rows") == 1 and not {"ted::pick", "aten::amax"} & set(after)
+    collectives = [t for t in before if t.startswith("ted::all_")]
+    assert collectives and collectives == [t for t in after if t.startswith("ted::all_")]
+    lockstep.parity(model, [inputs], mesh, monkeypatch, (gm, ctx))
+
+
+def test_small_split_logits_stay():
+    model = Model(flat, False, torch.float64)
+    inputs = {"ids": torch.randint(V, (B, S)), "labels": torch.randint(V, (B, S))}
+    gm, ctx = lockstep.distributed(model, inputs, MeshShape(tp=2))
+    fuse_loss.run(gm, ctx)
+    assert "ted::linear_rows" not in lockstep.targets(gm)
+
+
 def test_no_row_counts():
     x, weight = torch.randn(3, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
     loss, *_ = ops.linear_loss(x, weight, None, torch.full((3,), -100), -100, 1.0, True)
     loss.backward()
     assert loss == 0 and not x.grad.any() and not weight.grad.any()
+
+
+def test_a_target_that_is_no_column_is_no_number():
+    x, weight = torch.randn(1, H), torch.randn(V, H)
+    found = [ops.linear_loss(x, weight, None, torch.tensor([t]), -100, 1.0, False)[0] for t in (0, V, -1)]
+    assert [f.isnan().item() for f in found] == [False, True, True]
 
 
 def test_chunks_are_bounded(monkeypatch):
