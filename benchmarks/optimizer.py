@@ -109,7 +109,7 @@ class Masters:
             master.grad = None
         torch._foreach_copy_([p.detach() for p in self.params], self.masters)
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self.params:
             p.grad = None
 

@@ -319,6 +319,21 @@ def storage_uses(storage: int) -> int:
     return torch._C._storage_Use_Count(storage)
 
 
+def capturing() -> bool:
+    """Whether somebody records a CUDA graph of what runs now."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def stream() -> int:
+    """Names the stream that work goes to now; 0 without a GPU."""
+    return torch.cuda.current_stream().cuda_stream if torch.cuda.is_initialized() else 0
+
+
+def device_memory() -> float:
+    """Bytes of the current GPU; without one, without end."""
+    return torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else float("inf")
+
+
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copies each source to its target, in few kernels."""
     if targets:
@@ -331,9 +346,16 @@ def foreach_add(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> Non
 
 
 def only_accumulates(parameter: torch.Tensor, node: Any) -> bool:
-    """In a backward: whether all that it does with this parameter's gradient, by `node`, is to add it to `.grad`."""
+    """In a backward: whether all that it does with this parameter's gradient, by `node`, is to add it to `.grad`.
+
+    Hooks of the node itself, which torch does not show, are not seen.
+    """
     after = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-    if getattr(parameter, "_backward_hooks", None) or any(hook is not keep_spec for hook in after.values()):
+    if (
+        not parameter.requires_grad
+        or getattr(parameter, "_backward_hooks", None)
+        or any(hook is not keep_spec for hook in after.values())
+    ):
         return False
     try:
         return torch._C._will_engine_execute_node(node)

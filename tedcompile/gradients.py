@@ -1,19 +1,17 @@
 """How gradients reach their parameters: to flat memory that an optimizer keeps for them, and by autograd where none is.
 
-Autograd would add each to what `p.grad` holds, tensor by tensor, also to zeros; flat memory takes those of a whole
-backward at once, writes where it is zero, and knows their squares afterwards.
+Autograd would add each to what `p.grad` holds, tensor by tensor; flat memory takes those of a whole backward at once.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from tedcompile import compat, zero
 
@@ -24,12 +22,26 @@ class Home(Protocol):
     def deliver(self, arrived: Sequence[tuple[int, Tensor]]) -> None: ...
 
 
-_homes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> (weak Home, its number there)
+class Way:
+    """From a parameter to its home, as long as that lives; copies and pickles of the parameter have none."""
+
+    def __init__(self, home: Home | None = None, number: int = 0):
+        self.number = number
+        self.home: Callable[[], Home | None] = weakref.ref(home) if home is not None else lambda: None
+
+    def __reduce__(self):
+        return Way, ()
+
+    def __deepcopy__(self, memo: dict) -> Way:
+        return Way()
+
+
+NONE = Way()
 
 
 def settle(parameter: Tensor, home: Home, number: int) -> None:
-    """From now on `home` takes the gradients of a parameter, as long as it lives."""
-    _homes[parameter] = (weakref.ref(home), number)
+    """From now on `home` takes the gradients of a parameter."""
+    parameter.ted_way = Way(home, number)  # type: ignore[attr-defined]
 
 
 def deliver(
@@ -41,12 +53,12 @@ def deliver(
     """
     left: list[Tensor | None] = []
     arrived: dict[Home, list[tuple[int, Tensor]]] = {}
-    usual = torch.is_grad_enabled()  # a graph of the backward is wanted
+    usual = torch.is_grad_enabled() or compat.capturing()  # a graph of the backward, or a recording of it, is wanted
     for p, g, node in zip(parameters, gradients, nodes, strict=True):
-        reference, number = (None, 0) if g is None or usual else _homes.get(p, (None, 0))
-        home = reference and reference()
-        if g is not None and home and home.takes(number, p, g) and compat.only_accumulates(p, node):
-            arrived.setdefault(home, []).append((number, g))
+        way: Way = NONE if g is None or usual else getattr(p, "ted_way", NONE)
+        home = way.home()
+        if g is not None and home and home.takes(way.number, p, g) and compat.only_accumulates(p, node):
+            arrived.setdefault(home, []).append((way.number, g))
             g = None
         left.append(None if g is None else zero.gradient(p, g))
     for home, members in arrived.items():

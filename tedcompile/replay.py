@@ -1,52 +1,74 @@
 """CUDA graphs: the launches of a compiled graph recorded once and replayed as one, where launching is what takes long.
 
 What a recorded graph gives lies in the same memory at every replay, and stays allocated. So only a graph is recorded
-whose host time is most of its device time, and that gives little; and it is replayed only when nobody holds a result of
-the last time (of two forwards before a backward, or of gradients that are being summed) and arguments lie where they
-lay. Any other call runs as without recording: what is computed is always the same.
+whose host time is most of its device time, and whose memory is little; and it is replayed only when nobody holds a
+result of the last time (of two forwards before a backward, or of gradients that are being summed) and arguments lie
+where they lay. Any other call runs as without recording: what is computed is always the same.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from tedcompile import compat, graphs
+from tedcompile import compat, graphs, kernels
+from tedcompile.ops import ops
 
 WARM, SAMPLES = 2, 3  # calls before the measured ones (kernels are loaded, memory is found), and those
 ROUNDS = 3  # of samples, after which a graph that is not slow to launch is left alone
 BOUND = 0.9  # part of the device's time that launching takes, from which on the device waits for the host
-LARGEST = 1 / 8  # of the device's memory: what results may keep
+LARGEST = 1 / 8  # of the device's memory: what all recordings of a process may keep
 MISSES = 16  # calls in a row that could not be replays, after which the memory is given back
+NAMESPACES = {"aten", "prims", "ted", "_operator"}  # no user's Python runs in these
 
 
 def recordable(gm: GraphModule) -> bool:
-    """Whether a graph runs on one GPU alone: no collective, no value on the host, no size that only a run knows."""
+    """Whether a graph runs on one GPU alone: no collective, no value on the host, no size that only a run knows, and
+    no op whose kernel may ask for one, or that runs a user's Python."""
     for node in gm.graph.nodes:
-        if graphs.collective(node):
-            return False
         value = node.meta.get("val")
         for v in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(v, Tensor) and (v.device.type != "cuda" or not all(type(s) is int for s in v.shape)):
                 return False
             if isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 return False
+        if node.op == "call_function" and (graphs.collective(node) or not _runs_alone(node)):
+            return False
     return True
 
 
-def record(run: Callable[[list], Any], args: list) -> tuple[Any, Callable[[], None]]:
-    """Records `run(args)` without running it: its results' memory, and what computes them."""
+def _runs_alone(node: Node) -> bool:
+    space = getattr(node.target, "namespace", None) or getattr(node.target, "__module__", "")
+    if space != "ted":
+        return space in NAMESPACES
+    dtypes = {v.dtype for a in node.all_input_nodes if isinstance(v := a.meta.get("val"), Tensor)}
+    floating = {d for d in dtypes if d.is_floating_point}
+    products = node.target in (ops.grouped_mm.default, ops.grouped_outer.default)
+    by_kernels = kernels.installed() and floating <= set(kernels.DTYPES) and (len(floating) == 1 or not products)
+    return by_kernels and node.target is not ops.segment_sum.default  # the references read sizes on the host
+
+
+def record(run: Callable[[list], Any], args: list) -> tuple[Any, Callable[[], None], int]:
+    """Records `run(args)` without running it: its results' memory, what computes them, and the bytes it keeps."""
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may load data meanwhile
-        results = run(args)
-    return results, graph.replay
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may load data meanwhile
+            results = run(args)
+    finally:
+        torch.cuda.set_stream(stream)  # a recording that fails leaves its own
+    return results, graph.replay, torch.cuda.memory_reserved() - before
 
 
 def recorded(compiler: Callable, moving: set[int] | None, visible: int) -> Callable:
@@ -70,31 +92,46 @@ class Recorded:
     """
 
     _boxed_call = True
+    _alive: weakref.WeakSet[Recorded] = weakref.WeakSet()  # those that have a recording
 
     def __init__(self, run: Callable[[list], Any], moving: set[int], visible: int, record: Callable = record):
         self.run, self.moving, self.visible, self.record = run, moving, visible, record
-        self.calls, self.misses, self.off = 0, 0, False
+        self.calls, self.misses, self.rounds, self.off = 0, 0, 0, False
         self.samples: list[tuple[float, Any, Any]] = []
-        self.rounds = 0
         self.addresses: list[int] = []
         self.replay: Callable[[], None] | None = None
+        self.bytes, self.used = 0, 0.0
+        self.lock = threading.Lock()
 
     def __call__(self, args: list) -> Any:
-        if self.off or not all(isinstance(a, Tensor) for a in args):
+        if self.off or compat.capturing() or not all(isinstance(a, Tensor) for a in args):
             return self.run(args)
+        if not self.lock.acquire(blocking=False):  # another thread is at it
+            return self.run(args)
+        try:
+            if self._fits(args):
+                return self._replay(args)
+            measure = self.replay is None
+        finally:
+            self.lock.release()
+        return self._measure(args) if measure else self.run(args)
+
+    def _fits(self, args: list) -> bool:
+        """Whether a replay is what this call is; records where it is time to."""
         addresses = [a.data_ptr() for i, a in enumerate(args) if i not in self.moving]
+        addresses.append(compat.stream())  # another one would not wait for this one
         same, self.addresses = addresses == self.addresses, addresses
         if self.replay is None and same and self._slow():
             self._record(args)
         if self.replay is None:
-            return self._measure(args)
+            return False
         if addresses == self.at and all(compat.storage_uses(s) == n for s, n in self.held.items()):
             self.misses = 0
-            return self._replay(args)
+            return True
         self.misses += 1
         if self.misses > MISSES:
             self._forget()
-        return self.run(args)
+        return False
 
     # ---- deciding
 
@@ -124,12 +161,14 @@ class Recorded:
 
     # ---- recording
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _record(self, args: list) -> None:
         self.inputs = {i: args[i].detach().clone() for i in self.moving}
         given = [self.inputs.get(i, a) for i, a in enumerate(args)]
         fixed = {id(a): i for i, a in enumerate(args) if i not in self.moving}
         try:
-            results, self.replay = self.record(self.run, given)
+            results, self.replay, self.bytes = self.record(self.run, given)
         except RuntimeError as error:
             self._forget()
             warnings.warn(f"a graph could not be recorded as a CUDA graph and runs without: {error}", stacklevel=2)
@@ -139,15 +178,22 @@ class Recorded:
         self.results = [fixed.get(id(r), r) for r in results]
         theirs = {compat.storage(a) for i, a in enumerate(args) if i not in self.moving}
         kept = [r for r in self.results[self.visible :] if isinstance(r, Tensor)]
-        storages = {compat.storage(t): t for t in (*kept, *self.inputs.values())}
-        if sum(t.untyped_storage().nbytes() for t in storages.values()) > LARGEST * _memory(args):
-            self._forget()
-            return
-        del results, given
-        self.held = {s: compat.storage_uses(s) for s in storages if s not in theirs}
+        storages = {compat.storage(t) for t in (*kept, *self.inputs.values())}
+        del results, given, kept
+        self.held = {s: compat.storage_uses(s) for s in storages - theirs}
+        self._make_room(LARGEST * compat.device_memory())
+
+    def _make_room(self, limit: float) -> None:
+        """The recordings that have not been replayed for longest give their memory back."""
+        Recorded._alive.add(self)
+        self.used = time.monotonic()
+        while sum(r.bytes for r in Recorded._alive) > limit:
+            oldest = min(Recorded._alive, key=lambda r: r.used)
+            oldest._forget()
 
     def _replay(self, args: list) -> list:
         assert self.replay is not None
+        self.used = time.monotonic()
         for i, mine in self.inputs.items():
             mine.copy_(args[i])
         self.replay()
@@ -162,10 +208,6 @@ class Recorded:
         return found
 
     def _forget(self) -> None:
-        self.off, self.replay = True, None
+        self.off, self.replay, self.bytes = True, None, 0
         self.inputs, self.results, self.held = {}, [], {}
-
-
-def _memory(args: list[Tensor]) -> float:
-    device = next((a.device for a in args if a.is_cuda), None)
-    return torch.cuda.get_device_properties(device).total_memory if device is not None else float("inf")
+        Recorded._alive.discard(self)

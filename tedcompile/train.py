@@ -159,6 +159,7 @@ class Run:
             master=settings.master,
             moments=settings.moments,
             offload=settings.offload or None,
+            norm="backward",  # nothing here writes gradients but backwards
         )
         self.load: Tensor | None = None  # (layers, experts): tokens of this rank in the last step, by their routers
         self.flops = metrics.token_flops(self.model, settings.seq)
@@ -374,7 +375,7 @@ class Run:
                 )
         with watch.waiting("the optimizer's step"):
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=True)
         mean = rows.mean(0).tolist()
         return bool(flags[:, 1].any()), mean[0], mean[1] if auxes else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -38,7 +37,6 @@ def _deliver(pointers, table, flat, squares, ADD: tl.constexpr, CHUNK: tl.conste
         tl.store(squares + tl.load(row + 4), tl.sum(wide * wide, 0))
 
 
-@functools.lru_cache(maxsize=64)
 def _table(members: tuple[tuple[int, int, int], ...], chunk: int, device: torch.device) -> Tensor:
     """(programs, 5) int64: gradient, chunk of it, row of flat memory, elements, place of the sum of squares."""
     sizes = torch.tensor([-(-elements // chunk) for _, elements, _ in members])
@@ -50,12 +48,6 @@ def _table(members: tuple[tuple[int, int, int], ...], chunk: int, device: torch.
     return torch.stack(rows, 1).to(device)
 
 
-@functools.lru_cache(maxsize=64)
-def _pointers(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    made = torch.tensor(addresses)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
-
-
 def deliver(
     gradients: Sequence[Tensor],
     places: Sequence[tuple[int, int]],
@@ -63,12 +55,19 @@ def deliver(
     squares: Tensor,
     add: bool,
     chunk: int,
+    tables: dict,
 ) -> None:
     """Gradients of one dtype to flat memory (rows, 256), each from the row of its place on; into `squares` (n,), from
-    the second number of its place on, sums of squares of what is then there, one for each `chunk` elements."""
+    the second number of its place on, sums of squares of what is then there, one for each `chunk` elements.
+
+    `tables` keeps the last table of this flat memory: equal gradients come each time.
+    """
     aligned = [g if g.is_contiguous() and g.data_ptr() % 16 == 0 else g.clone().contiguous() for g in gradients]
     members = tuple((start, g.numel(), place) for g, (start, place) in zip(aligned, places, strict=True))
-    table = _table(members, chunk, flat.device)
+    addresses = torch.tensor([g.data_ptr() for g in aligned])
+    if tables.get("members") != members:
+        tables.update(members=members, table=_table(members, chunk, flat.device))
+    table = tables["table"]
     if len(table):
-        pointers = _pointers(tuple(g.data_ptr() for g in aligned), flat.device)
+        pointers = addresses.pin_memory().to(flat.device, non_blocking=True) if flat.is_cuda else addresses
         _deliver[(len(table),)](pointers, table, flat, squares, ADD=add, CHUNK=chunk, num_warps=8)

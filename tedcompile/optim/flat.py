@@ -13,6 +13,8 @@ tile is copied into the parameters.
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -123,42 +125,76 @@ class Bucket:
             count += -(-compat.local_tensor(slot.grad).numel() // CHUNK)
         wide = torch.promote_types(self.dtype, torch.float32)
         self._squares = torch.zeros(count if self.fused else 0, dtype=wide, device=self.device)
+        self._tables: dict = {}
         grads = [slot.grad for slot in self.slots]
         self._counted = [*grads, *(t for g in grads if (t := compat.local_tensor(g)) is not g)]
+        self._lock = threading.Lock()  # backwards may run in several threads
         self.zero()
         for number, slot in enumerate(self.slots):
             gradients.settle(slot.param, self, number)
 
+    def settled(self) -> None:
+        """Who holds the gradients now are their parameters, the bucket and its optimizer; the first let go."""
+        counts = []
+        for slot in self.slots:
+            own = slot.param.grad is slot.grad
+            if own:
+                slot.param.grad = None
+            counts.append(sys.getrefcount(slot.grad))
+            if own:
+                slot.param.grad = slot.grad
+        self._holders = self._uses(), counts
+
+    def _uses(self) -> int:
+        return compat.storage_uses(compat.storage(self.grad))
+
     def _versions(self) -> int:
         return sum(map(VERSION, self._counted))
 
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream if self.grad.is_cuda else 0
+
     def zero(self) -> None:
+        """Zeros in all gradients."""
         self.grad.zero_()
+        self.forget()
+
+    def forget(self) -> None:
+        """There are no gradients: none has been written that counts."""
         self._squares.zero_()
-        self._zero, self._known, self._seen = True, self.fused, self._versions()
+        self._known, self._seen, self._home_stream = self.fused, self._versions(), self._stream()
 
     def takes(self, number: int, parameter: Tensor, gradient: Tensor) -> bool:
+        """Whether a gradient of this backward can come by `deliver`.
+
+        Not where `p.grad` is None and somebody still has what it was: that is theirs to keep.
+        """
         slot = self.slots[number]
         mine = compat.local_tensor(slot.grad)
-        ours = slot.param is parameter and (parameter.grad is None or parameter.grad is slot.grad)
-        return ours and gradient.dtype == mine.dtype and gradient.shape == mine.shape
+        if slot.param is not parameter or compat.storage(mine) != compat.storage(self.grad):
+            return False
+        if gradient.dtype != self.dtype or gradient.shape != mine.shape or self._stream() != self._home_stream:
+            return False
+        if parameter.grad is not None:
+            return parameter.grad is slot.grad
+        uses, counts = self._holders
+        return sys.getrefcount(slot.grad) <= counts[number] and self._uses() <= uses
 
     def deliver(self, arrived: Sequence[tuple[int, Tensor]]) -> None:
-        """Gradients of a backward, by the numbers of their slots."""
-        if self._versions() != self._seen:  # somebody has written
-            self._zero = self._known = False
-        first: list[tuple[int, Tensor]] = []
-        further: list[tuple[int, Tensor]] = []
-        for number, gradient in arrived:
-            slot = self.slots[number]
-            (first if self._zero or slot.param.grad is None else further).append((number, gradient))
-            slot.touched = True
-            if slot.param.grad is None:
-                slot.param.grad = slot.grad
-        for members, add in ((first, False), (further, True)):
-            if members:
-                self._write(members, add)
-        self._zero, self._seen = False, self._versions()
+        """Gradients of a backward, by the numbers of their slots: written where `p.grad` is None, else added."""
+        with self._lock:
+            if self._versions() != self._seen:  # somebody has written
+                self._known = False
+            for add in (False, True):
+                members = [m for m in arrived if (self.slots[m[0]].param.grad is not None) == add]
+                if members:
+                    self._write(members, add)
+                for number, _ in members:
+                    self.slots[number].touched = True
+            for number, _ in arrived:
+                if self.slots[number].param.grad is None:
+                    self.slots[number].param.grad = self.slots[number].grad
+            self._seen = self._versions()
 
     def _write(self, members: Sequence[tuple[int, Tensor]], add: bool) -> None:
         sources = [gradient for _, gradient in members]
@@ -166,15 +202,20 @@ class Bucket:
             from tedcompile.kernels.gradients import deliver
 
             places = [(self.slots[number].start, self._sums[number]) for number, _ in members]
-            deliver(sources, places, self.grad, self._squares, add, CHUNK)
+            deliver(sources, places, self.grad, self._squares, add, CHUNK, self._tables)
             return
         targets = [compat.local_tensor(self.slots[number].grad) for number, _ in members]
         compat.foreach_add(targets, sources) if add else compat.foreach_copy(targets, sources)
 
-    def squares(self) -> Tensor:
-        """This rank's part of the sum of squares of the gradients over the whole mesh, 0-d fp64."""
-        if self._known and self._versions() == self._seen:
-            return self._squares.sum(dtype=torch.float64) * (self.weight / self.shards)
+    def squares(self, arrived: bool) -> Tensor:
+        """This rank's part of the sum of squares of the gradients over the whole mesh, 0-d fp64.
+
+        `arrived`: as they arrived, where the backward has left their squares.
+        """
+        if arrived and self.fused:
+            known = self._known and self._versions() == self._seen
+            found = self._squares.sum(dtype=torch.float64) if known else tiles.squares(self.grad)
+            return found * (self.weight / self.shards)  # all rows, whoever updates them
         parts = [tiles.squares(self.grad[start : start + rows]) for start, rows, _ in self.tiles()]
         return sum(parts[1:], parts[0]) * self.weight
 

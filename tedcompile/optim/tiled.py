@@ -1,8 +1,8 @@
 """`Tiled`: a torch.optim.Optimizer that runs any update rule, tile by tile over flat memory, as one compiled kernel.
 
 A step makes its numbers in one small kernel, and runs the rule's kernel over each bucket: a handful of launches,
-whatever the number of tensors. The norm for clipping and for inf and nan comes with the gradients of a backward (on
-GPUs, `flat.Bucket.deliver`); where somebody else has written them, the step reads them once more.
+whatever the number of tensors. The norm for clipping and for inf and nan takes one more look at the gradients, or none
+(`norm="backward"`).
 Nothing waits for the device, unless offloaded state is updated on the host: a skipped step is a flag that the kernels
 read.
 """
@@ -28,7 +28,7 @@ from tedcompile.optim.tiles import BLOCK, LAUNCH
 
 GRAD = attrgetter("grad")
 CHOICES = {"master": ("fp32", "split"), "moments": ("fp32", "bf16", "int8"), "offload": (None, "cpu")}
-CHOICES["update_on"] = ("auto", "device", "host")
+CHOICES |= {"update_on": ("auto", "device", "host"), "norm": ("step", "backward")}
 
 
 @dataclass(eq=False)
@@ -66,6 +66,9 @@ class Tiled(torch.optim.Optimizer):
         moments: how states are stored: "fp32", "bf16" or "int8" (block-wise).
         max_grad_norm: clips the norm of all gradients, over the whole mesh, as torch.nn.utils.clip_grad_norm_ does.
         check_finite: leaves out a step whose gradients have an inf or nan, on all ranks (`skipped` counts them).
+        norm: where the norm for clipping and for the check comes from: the "step" reads the gradients once more, or the
+            "backward" of a parallel model leaves it with the gradients (on GPUs). The latter is for loops in which
+            nothing else writes gradients: no clip_grad_norm_, GradScaler or hand-made change comes after the backward.
         **numbers: defaults of the rule's numbers (lr, ...), which param groups may override.
 
     `grad_norm`: of the last step, before clipping, a 0-d fp64 tensor; nan when it was not computed.
@@ -83,9 +86,10 @@ class Tiled(torch.optim.Optimizer):
         moments: str = "fp32",
         max_grad_norm: float | None = None,
         check_finite: bool = True,
+        norm: str = "step",
         **numbers: Any,
     ):
-        chosen = dict(offload=offload, update_on=update_on, master=master, moments=moments)
+        chosen = dict(offload=offload, update_on=update_on, master=master, moments=moments, norm=norm)
         for name, value in chosen.items():
             if value not in CHOICES[name]:
                 raise ValueError(f"{name} cannot be {value!r}; choose {' or '.join(map(repr, CHOICES[name]))}")
@@ -95,7 +99,7 @@ class Tiled(torch.optim.Optimizer):
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
         if tile_bytes < 1 << 16:
             raise ValueError(f"tile_bytes must be at least {1 << 16}, got {tile_bytes}")
-        self.rule, self.tile_bytes, self.offload = rule, tile_bytes, offload
+        self.rule, self.tile_bytes, self.offload, self.norm = rule, tile_bytes, offload, norm
         self.master, self.moments, self.check_finite = master, moments, check_finite
         self.kept: list[Kept] = []
         self.clocks: list[list[Clock]] = []
@@ -170,7 +174,7 @@ class Tiled(torch.optim.Optimizer):
                 raise ValueError(f'parameter {name or tuple(p.shape)} is fp16: master="split" needs bf16 (or fp32)')
             kinds.setdefault((local.dtype, copies(p)[0]), []).append((p, name))
             self._built.add(p)
-        clock = self._clock(number) if kinds else 0
+        clock, old = self._clock(number) if kinds else 0, len(self.kept)
         for (dtype, _), members in kinds.items():
             kept = list(tiles.master_storage(self.master, dtype))
             storages = self._storages(dtype)
@@ -194,6 +198,8 @@ class Tiled(torch.optim.Optimizer):
         self._active: tuple[bool, ...] = ()
         self._all = False
         self._remember()
+        for new in self.kept[old:]:
+            new.bucket.settled()
 
     def _storages(self, dtype: torch.dtype) -> dict[str, tiles.Storage]:
         return {n: tiles.storage(self.moments, kind, dtype) for n, kind in self.rule.states.items()}
@@ -287,7 +293,7 @@ class Tiled(torch.optim.Optimizer):
         """The sum of squares of all gradients, each element of the whole mesh counted once."""
         totals: dict[Any, Tensor] = {}
         for kept in self.kept:
-            mesh, found = kept.bucket.mesh, kept.bucket.squares()
+            mesh, found = kept.bucket.mesh, kept.bucket.squares(self.norm == "backward")
             totals[mesh] = found + totals[mesh] if mesh in totals else found
         for mesh, total in totals.items():
             for axis in range(mesh.ndim if mesh is not None else 0):
@@ -295,11 +301,17 @@ class Tiled(torch.optim.Optimizer):
                     dist.all_reduce(total, group=mesh.get_group(axis))
         return sum(totals.values(), self._number(0.0))
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zeroes gradients in one write a bucket; they stay views of flat memory, whatever `set_to_none`."""
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Zeroes gradients in one write a bucket; they stay views of flat memory.
+
+        `set_to_none`: `p.grad` is None until a backward has written, not added, its gradients to the same memory.
+        """
         for kept in self.kept:
-            kept.bucket.zero()
-        if not all(map(is_, map(GRAD, self._params), self._grads)):
+            kept.bucket.forget() if set_to_none else kept.bucket.zero()
+        if set_to_none:
+            for p in self._params:
+                p.grad = None
+        elif not all(map(is_, map(GRAD, self._params), self._grads)):
             for _, slot in self._slots():
                 if slot.param.grad is not None:
                     slot.param.grad = slot.grad

@@ -199,15 +199,15 @@ def test_deliver_gradients(dtype):
         torch.zeros(sum(rows), 256, dtype=dtype),
         torch.zeros(sum(sums), dtype=torch.promote_types(dtype, torch.float32)),
     )
-    want = [torch.zeros_like(t) for t in found]
+    want, tables = [torch.zeros_like(t) for t in found], {}
     for add in (False, True):
-        gradients.deliver(found, places, flat, squares, add, chunk)
+        gradients.deliver(found, places, flat, squares, add, chunk, tables)
         want = [w + t for w, t in zip(want, found, strict=True)]
         for w, (row, place), n in zip(want, places, sums, strict=True):
             assert torch.equal(flat[row:].flatten()[: w.numel()], w.flatten())
             close(squares[place : place + n].sum(), w.to(squares.dtype).square().sum(), 1e-5)
     some = [2, 4]  # the others stay
-    gradients.deliver([found[i] for i in some], [places[i] for i in some], flat, squares, False, chunk)
+    gradients.deliver([found[i] for i in some], [places[i] for i in some], flat, squares, False, chunk, tables)
     for i, (row, _) in enumerate(places):
         now = found[i] if i in some else want[i]
         assert torch.equal(flat[row:].flatten()[: now.numel()], now.flatten())
