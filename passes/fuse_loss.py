@@ -74,7 +74,9 @@ def _fuse_shard(graph: Graph, pick: Node) -> None:
     if power.target is not aten.exp.default or set(logits.users) != {first, z} or order[target] > order[first]:
         return
     head = _head(logits, 2)
-    if head is None or math.prod(shape(logits)) * head.itemsize <= losses.CHUNK:
+    if len(power.users) != 1 or len(pick.users) != 1 or head is None:
+        return
+    if math.prod(shape(logits)) * head.itemsize <= losses.CHUNK:
         return
     (added,), (reduced,) = power.users, pick.users
     with graph.inserting_before(first):
