@@ -86,8 +86,9 @@ def _fuse_shard(graph: Graph, pick: Node) -> None:
         alone = graphs.emit(
             graph, lambda x: aten.unsqueeze.default(aten.detach.default(x), -1), (own,), {}, own_biggest
         )
-    with graph.inserting_before(added):
+    with graph.inserting_after(biggest):
         most = graphs.call(graph, aten.squeeze.dim, (biggest, -1), pick)
+    with graph.inserting_before(added):
         share = graphs.emit(graph, lambda x, m: aten.exp.default(aten.sub.Tensor(x, m)), (own, most), {}, added)
     with graph.inserting_after(reduced):
         below = graphs.call(graph, aten.sub.Tensor, (reduced, most), reduced)
