@@ -187,9 +187,14 @@ class Recorded:
         """The recordings that have not been replayed for longest give their memory back."""
         Recorded._alive.add(self)
         self.used = time.monotonic()
-        while sum(r.bytes for r in Recorded._alive) > limit:
-            oldest = min(Recorded._alive, key=lambda r: r.used)
-            oldest._forget()
+        for oldest in sorted(Recorded._alive, key=lambda r: r.used):
+            if sum(r.bytes for r in Recorded._alive) <= limit:
+                break
+            if oldest is self:  # whose lock is held
+                self._forget()
+            elif oldest.lock.acquire(blocking=False):
+                oldest._forget()
+                oldest.lock.release()
 
     def _replay(self, args: list) -> list:
         assert self.replay is not None

@@ -113,6 +113,34 @@ def test_an_argument_that_lies_elsewhere(made):
     check(run([weight, x]), weight, x)
 
 
+def test_the_oldest_recordings_make_room(monkeypatch):
+    monkeypatch.setattr(replay.compat, "device_memory", lambda: 250 / replay.LARGEST)  # for two of 100 bytes
+    runs = [Recorded(Graph(), moving={1}, visible=1, record=record) for _ in range(3)]
+    weight, x = torch.ones(3), torch.ones(3)
+    for run in runs:
+        for _ in range(3):
+            check(run([weight, x]), weight, x)
+    assert [run.replay is None for run in runs] == [True, False, False]
+    check(runs[0]([weight, x]), weight, x)
+    big = Recorded(Graph(), moving={1}, visible=1, record=lambda *a: (*record(*a)[:2], 300))
+    for _ in range(3):
+        check(big([weight, x]), weight, x)
+    assert big.replay is None
+
+
+def test_a_recording_that_another_thread_uses_is_not_used(made):
+    _, run, weight = made
+    x = torch.ones(3)
+    for _ in range(3):
+        run([weight, x])
+    calls = replays(run)
+    with run.lock:
+        check(run([weight, x]), weight, x)
+    assert not calls
+    check(run([weight, x]), weight, x)
+    assert calls
+
+
 def test_what_cannot_be_recorded_runs():
     def fails(run, args):
         raise RuntimeError("no capture here")
@@ -142,5 +170,8 @@ def test_recordable():
 
     size = mode.shape_env.create_unbacked_symint()
     assert replay.recordable(graph(value(3), [value(2), None]))
+    other = graph(value(3))
+    other.graph.find_nodes(op="call_function", target=aten.relu.default)[0].target = torch.relu  # a user's, perhaps
+    assert not replay.recordable(other)
     for one in (value(3, device="cpu"), value(size), size, [value(3), value(3, device="cpu")]):
         assert not replay.recordable(graph(value(3), one))
