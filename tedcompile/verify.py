@@ -569,7 +569,7 @@ def suspects(wanted: dict[str, Any], agrees: Callable[[dict[str, Any]], bool]) -
     if wanted["checkpoint"] != "none":
         trials.append(('without checkpointing (checkpoint="none")', dict(checkpoint="none", memory_budget=None)))
     unused = [] if wanted["checkpoint"] != "none" else ["save_collectives"]
-    unused += [] if torch.cuda.is_available() else ["fuse_experts"]
+    unused += [] if torch.cuda.is_available() else ["fuse_experts", "cuda_graphs"]
     passes = [p for p in OPTIONAL if p not in wanted["off"] and p not in unused]
     trials += [(f"without {p} (off={p})", dict(off=[*wanted["off"], p])) for p in passes]
     if not wanted["plan"]:
