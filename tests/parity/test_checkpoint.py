@@ -1,4 +1,4 @@
-"""Recomputing changes nothing: losses and every gradient are bit for bit those of checkpoint="none", with dropout too."""
+"""Recomputing changes nothing, dropout too: losses and gradients are bit for bit those of checkpoint="none"."""
 
 from __future__ import annotations
 
