@@ -84,7 +84,7 @@ def train_plain(
 
 @dataclass
 class Sensitivity:
-    """How much the plain model itself changes by one rounding of its weights, in the measures of `differences`."""
+    """How much the plain model itself changes by other rounding, in the measures of `differences`."""
 
     loss: float
     gradients: dict[str, float]
@@ -94,21 +94,25 @@ class Sensitivity:
 def sensitivity(
     model: nn.Module, batch: Batches, data_world: int, steps: int, rate: float, of: Reference, tolerance: float
 ) -> Sensitivity:
-    """Trains copies of the plain model whose weights are each one rounding away (half a unit in the last place).
+    """Trains copies of the plain model whose weights are each one rounding away (half a unit in the last place), and
+    one in fp64 where the model takes that: what this one is away from is rounding.
 
     A program that rounds at other places cannot be nearer to the plain one than the plain one is to these. `tolerance`
     is that of `differences`.
     """
     found = Sensitivity(0.0, dict.fromkeys(of.gradients, 0.0), dict.fromkeys(of.updates, 0.0))
-    for seed in range(2):
+    for seed in (0, 1, None):
         moved = copy.deepcopy(model)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p in moved.parameters():
-                if p.is_floating_point():
-                    sign = torch.randint(2, p.shape, generator=generator).to(p.device) * 2 - 1
-                    p.copy_(p.double() * (1 + sign.double() * torch.finfo(p.dtype).eps / 2))
-        other = train_plain(moved, batch, data_world, steps, rate)
+        if seed is None:
+            moved.double()
+        else:
+            _round_otherwise(moved, seed)
+        try:
+            other = train_plain(moved, batch, data_world, steps, rate)
+        except RuntimeError:
+            if seed is None:  # it makes tensors of another dtype itself
+                break
+            raise
         pairs = [(a, b) for found_, of_ in zip(other.losses, of.losses) for a, b in zip(found_, of_)]
         found.loss = max(found.loss, *(loss_difference(a, b) for a, b in pairs))
         by_gradient = differences(other.gradients, of.gradients)
@@ -117,6 +121,15 @@ def sensitivity(
             for name, error in errors.items():
                 worst[name] = max(worst[name], error)
     return found
+
+
+@torch.no_grad()
+def _round_otherwise(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.is_floating_point():
+            sign = torch.randint(2, p.shape, generator=generator).to(p.device) * 2 - 1
+            p.copy_(p.double() * (1 + sign.double() * torch.finfo(p.dtype).eps / 2))
 
 
 def zeros_if_none(gradient: Tensor | None, like: Tensor) -> Tensor:
