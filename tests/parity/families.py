@@ -30,16 +30,16 @@ PART = 0.9  # of the families, which must pass
 HEADERS = ["model type", "class", "captured", "recognised", "experts over ep", "dense over tp", "loss", "gradient",
            "update", "s", "result", "reason"]  # fmt: skip
 RESULT = HEADERS.index("result")
-TEXT = """A family passes where its model is captured, all of its MoE blocks are recognised and proven, every expert weight is
-sharded over ep, attention or MLP weights are sharded over tp, and losses (1e-6), gradients (1e-5) and updates (1e-5)
-are those of the plain model. Some small models are more sensitive than that: moving every weight of the plain model
-by one rounding (2^-24), or computing in fp64, changes its losses, gradients or updates by more than these limits.
-There twice the change is the limit (each of two programs may be that far from the exact one), and the row says "pass
-(sensitive)" and how large it is. experts over ep: of the experts' weights; dense over tp: the number of other
-matrices, embeddings and heads aside. Families are those that transformers' mappings of causal and sequence-to-
-sequence language models name, whose configuration counts experts and whose weights grow with their number, by
-matrices; they are shrunk by rules on the names of configuration fields. "cannot": transformers cannot build or train
-the family from a small configuration; these are not counted."""
+TEXT = """A family passes where its model is captured, all of its MoE blocks are recognised and proven, every expert
+weight is sharded over ep, attention or MLP weights are sharded over tp, and losses (1e-6), gradients (1e-5) and
+updates (1e-5) are those of the plain model. Some small models are more sensitive than that: moving every weight of
+the plain model by one rounding (2^-24), or computing in fp64, changes its losses, gradients or updates by more than
+these limits. There twice the change is the limit (each of two programs may be that far from the exact one), and the
+row says "pass (sensitive)" and how large it is. experts over ep: of the experts' weights; dense over tp: the number
+of other matrices, embeddings and heads aside. Families are those that transformers' mappings of causal and
+sequence-to-sequence language models name, whose configuration counts experts and whose weights grow with their
+number, by matrices; they are shrunk by rules on the names of configuration fields. "cannot": transformers cannot
+build or train the family from a small configuration; these are not counted."""
 
 
 @dataclass(frozen=True)

@@ -288,24 +288,21 @@ def strides_and_retained_graphs():
 
 
 def split_vocabulary():
-    """The loss of a split vocabulary, chunk by chunk: compiled, in fp32 and bf16, with ignored labels."""
+    """The loss of a split vocabulary, chunk by chunk: compiled, with ignored labels."""
     calls, chunks = [], losses._chunks
     losses.CHUNK, losses._chunks = 500, lambda x, weight: calls.append(len(x)) or chunks(x, weight)
     mesh = mesh_of(tp=2)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
-        plain, model = make().to(dtype), make().to(dtype)
-        tedcompile.parallelize(model, mesh, example_inputs=batch(0))
-        given = batch(0)
-        given["labels"] = torch.where(given["ids"] < 8, -100, given["labels"])
-        for m in (model, plain):
-            m(**given)["loss"].backward()
-        for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-            assert q.grad is None or close(p.grad.full_tensor(), q.grad, tolerance), name
-        for m in (model, plain):
-            m.eval()
-        with torch.no_grad():
-            assert close(model(**given)["loss"], plain(**given)["loss"], tolerance)
-    assert calls == [16] * 4  # of two models a forward and its backward; evaluation returns the logits
+    plain, model = make(), make()
+    tedcompile.parallelize(model, mesh, example_inputs=batch(0))
+    given = batch(0)
+    given["labels"] = torch.where(given["ids"] < 8, -100, given["labels"])
+    losses_found = [m(**given)["loss"] for m in (model, plain)]
+    assert close(*losses_found)
+    for loss in losses_found:
+        loss.backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert q.grad is None or close(p.grad.full_tensor(), q.grad), name
+    assert calls == [16, 16]  # a forward and its backward
 
 
 def pairs(model, plain):
