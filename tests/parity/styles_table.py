@@ -24,8 +24,8 @@ from tests import routers, styles
 from tests.lockstep import distributed, parity, placements, targets
 from tests.test_styles import BESIDE, batches
 
-MESHES = {(1, 2, 2): MeshShape(ep=2, tp=2), (2, 2, 1): MeshShape(dp=2, ep=2), (1, 4, 1): MeshShape(ep=4),
-          (1, 1, 2): MeshShape(tp=2)}  # fmt: skip
+SIZES = [(1, 2, 2), (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 4, 1)]
+MESHES = {sizes: MeshShape(*sizes) for sizes in SIZES}
 HEADERS = ["", "style", "written as", "captured", "recognised", "experts split over", "parity", "dispatch", "reason"]
 TITLES = {1: "loop", 2: "loop with control flow", 3: "capacity", 4: "dense", 5: "sorted, grouped products",
           6: "gathered weights", 7: "shapes, shared experts", 8: "routers"}  # fmt: skip
