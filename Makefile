@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1# many processes share the cores, and waiting OpenMP threads spin
 
-.PHONY: demo test lint matrix matrix-optimisations matrix-optimizers families soak bench test-211 clean
+.PHONY: demo test lint matrix matrix-optimisations matrix-optimizers families styles soak bench test-211 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -32,6 +32,10 @@ matrix-optimizers: $(VENV)/.installed
 # Every MoE family of the installed transformers.
 families: $(VENV)/.installed
 	$(BIN)/python -m tests.parity.families $(ARGS)
+
+# Every way to write an MoE block.
+styles: $(VENV)/.installed
+	$(BIN)/python -m tests.parity.styles_table $(ARGS)
 
 # Ranks of a training run are killed at random moments, and it goes on.
 soak: $(VENV)/.installed
