@@ -120,9 +120,11 @@ def measure(system: str, case: str, mesh, device: torch.device) -> dict:
     start = time.perf_counter()
     model = prepare(system, model, mesh)
     ours, params = system == "tedcompile", model.parameters()
-    optimizer: Any = Masters(params, lr=1e-4, fused=True)
+    optimizer: Any
     if ours:
         optimizer = tedcompile.optim.TiledAdamW(params, lr=1e-4, norm="backward")
+    else:
+        optimizer = Masters(params, lr=1e-4, fused=True)
 
     def backward(i: int) -> torch.Tensor:
         ids = data[i % len(data)]

@@ -15,7 +15,6 @@ from operator import is_
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,6 +22,7 @@ import tedcompile
 from tedcompile.optim import Tiled, TiledAdamW, rules, tiles
 from tedcompile.optim.flat import VERSION
 from tedcompile.optim.tiled import GRAD
+from tests import models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 OPTIONS = dict(lr=1e-4, weight_decay=0.01)
@@ -228,28 +228,20 @@ def test_offload_is_the_same_and_bounded(moments, place, record):
     assert held <= 20 << 20
 
 
-def test_the_norm_comes_with_the_gradients(monkeypatch):
+def test_the_norm_comes_with_the_gradients(mesh, monkeypatch):
     """A backward leaves the squares: a step reads no gradient for its norm, unless somebody has changed one."""
-    from tests import models
-
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29535")
-    dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
-    try:
-        mesh = dist.init_device_mesh("cuda", (1, 1, 1), mesh_dim_names=("dp", "ep", "tp"))
-        plain, batch = models.MODELS["qwen3_moe"]()
-        model = tedcompile.parallelize(plain.cuda().bfloat16(), mesh, example_inputs=batch(0, 0))
-        optimizer = TiledAdamW(model.parameters(), lr=0.0, max_grad_norm=1.0)
-        reads, real = [], tiles.squares
-        monkeypatch.setattr(tiles, "squares", lambda grad: reads.append(grad) or real(grad))
-        for step in range(6):
-            for _ in range(1 + step % 2):
-                models.loss_of(model(**{k: v.cuda() for k, v in batch(0, step).items()})).backward()
-            if step == 5:
-                next(model.parameters()).grad.mul_(2)
-            norm = torch.stack([p.grad.full_tensor().double().norm() for p in model.parameters()]).norm()
-            optimizer.step()
-            assert abs(optimizer.grad_norm - norm) <= 1e-5 * norm
-            assert bool(reads) == (step == 5)
-            optimizer.zero_grad()
-    finally:
-        dist.destroy_process_group()
+    plain, batch = models.MODELS["qwen3_moe"]()
+    model = tedcompile.parallelize(plain.cuda().bfloat16(), mesh, example_inputs=batch(0, 0))
+    optimizer = TiledAdamW(model.parameters(), lr=0.0, max_grad_norm=1.0, norm="backward")
+    reads, real = [], tiles.squares
+    monkeypatch.setattr(tiles, "squares", lambda grad: reads.append(grad) or real(grad))
+    for step in range(6):
+        for _ in range(1 + step % 2):
+            models.loss_of(model(**{k: v.cuda() for k, v in batch(0, step).items()})).backward()
+        if step == 5:
+            next(model.parameters()).grad.mul_(2)
+        norm = torch.stack([p.grad.full_tensor().double().norm() for p in model.parameters()]).norm()
+        optimizer.step()
+        assert abs(optimizer.grad_norm - norm) <= 1e-5 * norm
+        assert bool(reads) == (step == 5)
+        optimizer.zero_grad()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import tedcompile
 from tedcompile import replay
@@ -15,15 +13,6 @@ from tests import models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29534")
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl")
-    yield dist.init_device_mesh("cuda", (1, 1, 1), mesh_dim_names=("dp", "ep", "tp"))
-    dist.destroy_process_group()
 
 
 @pytest.fixture
