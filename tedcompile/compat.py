@@ -324,9 +324,10 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def stream() -> int:
-    """Names the stream that work goes to now; 0 without a GPU."""
-    return torch.cuda.current_stream().cuda_stream if torch.cuda.is_initialized() else 0
+def stream(device: torch.device | None = None) -> int:
+    """Names the stream that work goes to now, on the current GPU or a device; 0 where that is none."""
+    there = torch.cuda.is_initialized() and (device is None or device.type == "cuda")
+    return torch.cuda.current_stream(device).cuda_stream if there else 0
 
 
 def device_memory() -> float:

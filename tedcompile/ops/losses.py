@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tedcompile.ops.define import define, ops
-from tedcompile.ops.vocabulary import local_ids
+from tedcompile.ops.vocabulary import within
 
 CHUNK = 1 << 30  # bytes of logits that exist at a time
 
@@ -33,7 +33,7 @@ def loss_rows(logits, target, scale):
     """logits (N, V), target (N,) -> (N,), (N,): of scale * logits the log-sum-exp, and the value at the target, 0 where
     that is no column."""
     z = logits.to(_wide(logits.dtype)) * scale
-    index, inside = _inside(target, logits.shape[1])
+    index, inside = within(target, logits.shape[1])
     return z.logsumexp(-1), z.gather(-1, index[:, None])[:, 0] * inside
 
 
@@ -45,14 +45,9 @@ def loss_rows(logits, target, scale):
 def loss_gradient_(logits, target, total, g_total, g_picked, scale):
     """Overwrites logits (N, V) by their gradient, of those of what `loss_rows` gives; `total`: the first."""
     p = torch.exp(logits.to(total.dtype) * scale - total[:, None]) * g_total[:, None]
-    index, inside = _inside(target, logits.shape[1])
+    index, inside = within(target, logits.shape[1])
     p.scatter_add_(-1, index[:, None], (g_picked * inside)[:, None])
     logits.copy_(p * scale)
-
-
-def _inside(target: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    inside = (target >= 0) & (target < columns)
-    return torch.where(inside, target, 0), inside
 
 
 def _fake(x, weight, bias, target, ignore, scale, gradients):
@@ -120,12 +115,6 @@ def linear_loss(x, weight, bias, target, ignore, scale, gradients):
     return loss, grad_x, grad_weight, grad_bias
 
 
-def own_columns(target: Tensor, size: int, axis: str) -> Tensor:
-    """Targets as columns of this rank, -1 where they are another's."""
-    local, inside = local_ids(target, size, axis)
-    return torch.where(inside, local, -1)
-
-
 def _linear_rows_fake(x, weight, bias, target, scale, axis):
     return tuple(x.new_empty(len(x), dtype=_wide(x.dtype)) for _ in range(2))
 
@@ -152,7 +141,7 @@ def linear_rows(x, weight, bias, target, scale, axis):
     x (N, H), weight (V/size, H), bias (V/size,), target (N,) of all columns -> (N,), (N,) fp32: the log-sum-exp of
     the own columns; and z at the target, partial: 0 where another rank has it.
     """
-    to = own_columns(target, len(weight), axis)
+    to = target - ops.rank(target, axis) * len(weight)  # as columns of this rank
     parts = []
     for part in _chunks(x, weight):
         parts.append(ops.loss_rows(F.linear(x[part], weight, bias), to[part], scale))
@@ -172,7 +161,7 @@ def linear_rows(x, weight, bias, target, scale, axis):
 )
 def linear_rows_vjp(x, weight, bias, target, total, g_total, g_picked, scale, axis):
     """The gradients of `linear_rows` for x, weight and bias (empty without one): the logits are made once more."""
-    to = own_columns(target, len(weight), axis)
+    to = target - ops.rank(target, axis) * len(weight)  # as columns of this rank
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_weight = torch.zeros_like(weight, dtype=total.dtype, memory_format=torch.contiguous_format)
     grad_bias = total.new_zeros(len(weight) if bias is not None else 0)

@@ -8,15 +8,19 @@ from torch import Tensor
 from tedcompile.ops.define import define, ops
 
 
-def local_ids(ids: Tensor, size: int, axis: str) -> tuple[Tensor, Tensor]:
-    local = ids - ops.rank(ids, axis) * size
-    inside = (local >= 0) & (local < size)
-    return torch.where(inside, local, 0), inside
+def _local_ids(ids: Tensor, size: int, axis: str) -> tuple[Tensor, Tensor]:
+    return within(ids - ops.rank(ids, axis) * size, size)
+
+
+def within(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The ids that are below size, 0 for the others; and which they are."""
+    inside = (ids >= 0) & (ids < size)
+    return torch.where(inside, ids, 0), inside
 
 
 def _embedding_shard_vjp(ctx, g):
     weight, ids = ctx.saved_tensors
-    local, inside = local_ids(ids, weight.shape[0], ctx.axis)
+    local, inside = _local_ids(ids, weight.shape[0], ctx.axis)
     if ctx.padding_idx >= 0:
         inside = inside & (ids != ctx.padding_idx)
     grad = g * inside[..., None]
@@ -35,13 +39,13 @@ def _save_embedding(ctx, inputs, output):
 )
 def embedding_shard(weight, ids, padding_idx, axis):
     """weight (V/size, H) of this rank, ids (...) -> (..., H), partial: zeros for ids of other ranks' rows."""
-    local, inside = local_ids(ids, weight.shape[0], axis)
+    local, inside = _local_ids(ids, weight.shape[0], axis)
     return weight[local] * inside[..., None]
 
 
 def _pick_vjp(ctx, g):
     x, target = ctx.saved_tensors
-    local, inside = local_ids(target, x.shape[-1], ctx.axis)
+    local, inside = _local_ids(target, x.shape[-1], ctx.axis)
     columns = torch.arange(x.shape[-1], device=g.device)
     return torch.where((columns == local[..., None]) & inside[..., None], g[..., None], 0), None, None
 
@@ -58,5 +62,5 @@ def _save_pick(ctx, inputs, output):
 )
 def pick(x, target, axis):
     """x (..., V/size), target (...) global indices -> (...), partial: x at the target, zero where others have it."""
-    local, inside = local_ids(target, x.shape[-1], axis)
+    local, inside = _local_ids(target, x.shape[-1], axis)
     return x.gather(-1, local[..., None])[..., 0] * inside

@@ -151,9 +151,6 @@ class Bucket:
     def _versions(self) -> int:
         return sum(map(VERSION, self._counted))
 
-    def _stream(self) -> int:
-        return torch.cuda.current_stream(self.device).cuda_stream if self.grad.is_cuda else 0
-
     def zero(self) -> None:
         """Zeros in all gradients."""
         self.grad.zero_()
@@ -162,7 +159,7 @@ class Bucket:
     def forget(self) -> None:
         """There are no gradients: none has been written that counts."""
         self._squares.zero_()
-        self._known, self._seen, self._home_stream = self.fused, self._versions(), self._stream()
+        self._known, self._seen, self._home_stream = self.fused, self._versions(), compat.stream(self.device)
 
     def takes(self, number: int, parameter: Tensor, gradient: Tensor) -> bool:
         """Whether a gradient of this backward can come by `deliver`.
@@ -173,7 +170,11 @@ class Bucket:
         mine = compat.local_tensor(slot.grad)
         if slot.param is not parameter or compat.storage(mine) != compat.storage(self.grad):
             return False
-        if gradient.dtype != self.dtype or gradient.shape != mine.shape or self._stream() != self._home_stream:
+        if (
+            gradient.dtype != self.dtype
+            or gradient.shape != mine.shape
+            or compat.stream(self.device) != self._home_stream
+        ):
             return False
         if parameter.grad is not None:
             return parameter.grad is slot.grad
@@ -183,8 +184,7 @@ class Bucket:
     def deliver(self, arrived: Sequence[tuple[int, Tensor]]) -> None:
         """Gradients of a backward, by the numbers of their slots: written where `p.grad` is None, else added."""
         with self._lock:
-            if self._versions() != self._seen:  # somebody has written
-                self._known = False
+            self._known = self._known and self._versions() == self._seen  # somebody else has written
             for add in (False, True):
                 members = [m for m in arrived if (self.slots[m[0]].param.grad is not None) == add]
                 if members:
@@ -194,7 +194,7 @@ class Bucket:
             for number, _ in arrived:
                 if self.slots[number].param.grad is None:
                     self.slots[number].param.grad = self.slots[number].grad
-            self._seen = self._versions()
+            self._seen = self._versions() if self._known else 0
 
     def _write(self, members: Sequence[tuple[int, Tensor]], add: bool) -> None:
         sources = [gradient for _, gradient in members]
