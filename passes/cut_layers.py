@@ -97,9 +97,10 @@ def _steps(graph: Graph) -> list[tuple[str, list[Node]]]:
     steps: list[tuple[str, list[Node]]] = []
     step: dict[Node, int] = {}
     made: dict[str, list[int]] = {}  # the steps of each label
-    for node in graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
+    # a gather of a parameter may be anywhere: where it is in a layer, it would part it
+    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    nodes.sort(key=lambda n: not (graphs.collective(n) and labels[n] == OUTSIDE and n.args[0].op == "placeholder"))
+    for node in nodes:
         need = max((step[a] for a in node.all_input_nodes if a in step), default=-1)
         label = labels[node]
         if label is None:  # autograd's own sums: with the value that comes last

@@ -4,6 +4,9 @@ Before:  y = ted.all_reduce(x, "tp")
 After:   y = wait_tensor(_c10d_functional.all_reduce(x, "sum", "ted_tp"))  # started here, waited for at its use
 
 Inductor schedules and buckets `_c10d_functional`; what it has no counterpart for stays our op, with the group's name.
+A sum that owns its operand (`meta["own"]`) is done in place where the graph runs node by node: Inductor sees to that
+itself.
+
 Needs: a functional graph with local fake values (after autograd); `names`, the process group's name of each axis.
 """
 
@@ -18,7 +21,7 @@ from tedcompile.ops import ops
 c10d = torch.ops._c10d_functional
 
 
-def run(gm: GraphModule, names: dict[str, str]) -> None:
+def run(gm: GraphModule, names: dict[str, str], in_place: bool = False) -> None:
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or getattr(node.target, "namespace", "") != "ted":
             continue
@@ -30,6 +33,8 @@ def run(gm: GraphModule, names: dict[str, str]) -> None:
         if node.target in LOWERED:
             with gm.graph.inserting_before(node):
                 new = LOWERED[node.target](gm, node)
+            if in_place and node.meta.get("own"):
+                new.args[0].target = c10d.all_reduce_.default
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
     _overlap(gm)

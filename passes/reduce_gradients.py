@@ -1,94 +1,168 @@
 """Data parallelism: parameter gradients are averaged over the data axes that replicate the parameter.
 
 Before:  return (loss, grad_w1, grad_w2, ...)                        # a joint graph: outputs, then gradients
-After:   bucket = all_reduce(cat(flat grad_w1, flat grad_w2) / (dp*ep), "data");  return (loss, view of bucket, ...)
+After:   d_loss = d_loss / (dp*ep)                                   # a gradient is linear in the loss's
+         sum = all_reduce(cat(flat grad_w1, flat grad_w2), "data");  return (loss, view of sum, view of sum, ...)
 
 Dense parameters are reduced over dp x ep; experts, which are split over ep, over dp; both are divided by dp * ep, for a
 step is the step on the mean of the dp x ep losses (DeepSpeed-TED, arXiv 2303.06318, section 3). Never over tp: there a
-gradient is either this rank's own part or whole already. A bucket is sent as soon as its last gradient exists.
+gradient is either this rank's own part or whole already. A bucket is sent as soon as its last gradient exists; one as
+large as a bucket goes alone, as it lies in memory, and in place where nothing else reads it (`meta["own"]`).
 Under ZeRO-2 and 3 the VJPs of `gather_parameters` have summed them already; what is left is to divide.
 
+Each gradient is divided by itself, not the loss's, where that is not the same: a user's own backward is any function of
+what it is given, fp16 and a low-precision 1 / 3 round, and gradients of inputs are this rank's.
+
 Needs: `ctx.gradients`, for each output of the joint graph that is a parameter's gradient, the parameter's placements;
-`ctx.shares`, of those that ZeRO splits, how.
+`ctx.shares`, of those that ZeRO splits, how; `ctx.outputs`, how many outputs are no gradients.
 """
 
 from __future__ import annotations
 
 import math
+import operator
+from typing import Any
 
-from torch.fx import GraphModule, Node
+import torch
+from torch.fx import Graph, GraphModule, Node
 
 from tedcompile import graphs, zero
 from tedcompile.layouts import aten, shape
 from tedcompile.ops import ops
 
 BUCKET = 25 << 20  # bytes
+MOVES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.t.default,
+         aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims}  # fmt: skip
+KEPT_BACKWARD = torch.ops.tedfn.backward.default
 
 
 def run(gm: GraphModule, ctx) -> None:
-    shape_of_mesh = ctx.shape
-    copies = shape_of_mesh["data"]
+    copies = ctx.shape["data"]
     if copies == 1:
         return
     output = gm.graph.output_node()
     results = list(output.args[0])
+    scale = 1.0 if _divide_early(gm.graph, ctx, results, copies) else 1 / copies
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     families: dict[tuple, list[tuple[int, Node]]] = {}
     for i, placements in ctx.gradients.items():
         grad = results[i]
         if grad is None:
             continue
-        share = ctx.shares.get(i)
-        if share is not None:
-            with graphs.after(gm.graph, grad):
-                results[i] = graphs.call(gm.graph, aten.mul.Tensor, (grad, 1 / copies), grad)
-            continue
         axis = zero.family(placements)
-        families.setdefault((axis, grad.meta["val"].dtype), []).append((i, grad))
+        if i in ctx.shares or ctx.shape[axis] == 1:
+            results[i] = _scaled(gm.graph, grad, scale)
+        else:
+            families.setdefault((axis, grad.meta["val"].dtype), []).append((i, grad))
     for (axis, _), members in families.items():
         members.sort(key=lambda m: order[m[1]])
         bucket: list[tuple[int, Node]] = []
-        size = 0
-        for k, (i, grad) in enumerate(members):
+        held = 0
+        for i, grad in members:
+            size = grad.meta["val"].numel() * grad.meta["val"].element_size()
+            if size >= BUCKET:
+                results[i] = _alone(gm.graph, grad, axis, scale, output)
+                continue
             bucket.append((i, grad))
-            size += grad.meta["val"].numel() * grad.meta["val"].element_size()
-            if size >= BUCKET or k == len(members) - 1:
-                reduced = _reduce(gm, bucket, axis if shape_of_mesh[axis] > 1 else None, 1 / copies, output)
-                for (position, _), node in zip(bucket, reduced, strict=True):
-                    results[position] = node
-                bucket, size = [], 0
+            held += size
+            if held >= BUCKET:
+                _together(gm.graph, bucket, axis, scale, output, results)
+                bucket, held = [], 0
+        if bucket:
+            _together(gm.graph, bucket, axis, scale, output, results)
     output.args = (tuple(results),)
 
 
-def _reduce(
-    gm: GraphModule, bucket: list[tuple[int, Node]], axis: str | None, scale: float, output: Node
-) -> list[Node]:
-    graph = gm.graph
+# ---- the mean
+
+
+def _divide_early(graph: Graph, ctx, results: list, copies: int) -> bool:
+    """Divides what the backward begins with, where this divides all gradients and rounds no more than they do."""
+    tangents = [n for n in graph.find_nodes(op="placeholder") if n.name.startswith("tangents")]
+    others = any(g is not None for i, g in enumerate(results) if i >= ctx.outputs and i not in ctx.gradients)
+    kinds = {v.dtype for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)}
+    exact = copies & (copies - 1) == 0 or {t.meta["val"].dtype for t in tangents} <= {torch.float32, torch.float64}
+    own = any(n.target is KEPT_BACKWARD for n in graph.nodes)
+    if not tangents or others or torch.float16 in kinds or not exact or own:
+        return False
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for tangent in tangents:
+        if tangent.users:
+            first = min(tangent.users, key=order.__getitem__)
+            with graph.inserting_before(first):
+                part = graphs.call(graph, aten.mul.Tensor, (tangent, 1 / copies), first)
+            tangent.replace_all_uses_with(part, delete_user_cb=lambda user: user is not part)  # noqa: B023
+    return True
+
+
+def _scaled(graph: Graph, grad: Node, scale: float) -> Node:
+    if scale == 1:
+        return grad
+    with graphs.after(graph, grad):
+        return graphs.call(graph, aten.mul.Tensor, (grad, scale), grad)
+
+
+# ---- the sum
+
+
+def _alone(graph: Graph, grad: Node, axis: str, scale: float, output: Node) -> Node:
+    """A sum is the same however its terms lie: what the gradient is a view of is sent, and seen so afterwards."""
+    moves: list[Node] = []
+    base = grad
+    while base.target in MOVES and len(base.users) == 1:
+        moves.insert(0, base)
+        base = base.all_input_nodes[0]
+    own = scale != 1
+    if not base.meta["val"].is_contiguous() or base.meta["val"].numel() != grad.meta["val"].numel():
+        with graphs.after(graph, grad):
+            base = graphs.call(graph, aten.clone.default, (grad,), grad, grad.meta["val"].contiguous())
+        base.kwargs = {"memory_format": torch.contiguous_format}
+        moves, own = [], True
+    elif scale == 1:
+        own = len(base.users) == 1 and _made_here(base)
+    sent = _scaled(graph, base, scale)
+    with graphs.after(graph, sent):
+        value = graphs.call(graph, ops.all_reduce.default, (sent, axis), sent)
+    value.meta["own"] = own
+    return _seen(graph, value, [(m.target, m.args[1:], m) for m in moves], output)
+
+
+def _made_here(node: Node) -> bool:
+    """Whether a node's result is memory of its own."""
+    if node.target is operator.getitem:
+        return _made_here(node.args[0])
+    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+    return schema is not None and node.target not in MOVES and not any(r.alias_info for r in schema.returns)
+
+
+def _together(
+    graph: Graph, bucket: list[tuple[int, Node]], axis: str, scale: float, output: Node, results: list
+) -> None:
     last = bucket[-1][1]
-    grads = [g for _, g in bucket]
-    with graph.inserting_after(last):
-        marker = graph.call_function(min, (0, 1))
-    with graph.inserting_before(marker):
-        if axis is None:
-            reduced = [graphs.call(graph, aten.mul.Tensor, (g, scale), g) for g in grads]
-        else:
-            flat = [graphs.call(graph, aten.reshape.default, (g, [-1]), g) for g in grads]
-            whole = graphs.call(graph, aten.cat.default, (flat,), last) if len(flat) > 1 else flat[0]
-            scaled = graphs.call(graph, aten.mul.Tensor, (whole, scale), last)
-            summed = graphs.call(graph, ops.all_reduce.default, (scaled, axis), last)
-    graph.erase_node(marker)
-    if axis is None:
-        return reduced
-    for node in (*flat, whole, scaled):
-        if node not in grads:
-            node.meta["segment"] = "bucket"
-    parts, start = [], 0
+    with graphs.after(graph, last):
+        flat = [graphs.call(graph, aten.reshape.default, (g, [-1]), g) for _, g in bucket]
+        parts = [*flat]
+        whole = graphs.call(graph, aten.cat.default, (flat,), last)
+        parts.append(whole)
+        if scale != 1:
+            whole = graphs.call(graph, aten.mul.Tensor, (whole, scale), last)
+            parts.append(whole)
+        summed = graphs.call(graph, ops.all_reduce.default, (whole, axis), last)
+    summed.meta["own"] = True
+    for node in parts:
+        node.meta["segment"] = "bucket"
+    start = 0
+    for i, g in bucket:
+        n = math.prod(shape(g))
+        steps = [(aten.slice.Tensor, (0, start, start + n), g), (aten.reshape.default, (list(shape(g)),), g)]
+        results[i] = _seen(graph, summed, steps, output)
+        start += n
+
+
+def _seen(graph: Graph, value: Node, views: list[tuple[Any, tuple, Node]], output: Node) -> Node:
+    """Views of a sum, at the end of the graph: one before would wait for it."""
     with graph.inserting_before(output):
-        for g in grads:
-            n = math.prod(shape(g))
-            part = graphs.call(graph, aten.slice.Tensor, (summed, 0, start, start + n), g) if len(grads) > 1 else summed
-            parts.append(graphs.call(graph, aten.reshape.default, (part, list(shape(g))), g))
-            for node in (part, parts[-1]):
-                node.meta["segment"] = "views"
-            start += n
-    return parts
+        for target, args, like in views:
+            value = graphs.call(graph, target, (value, *args), like)
+            value.meta["segment"] = "views"
+    return value

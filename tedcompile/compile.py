@@ -213,7 +213,7 @@ def _compiler(backend: str, names: dict[str, str], deterministic: bool, cut_equa
             cut = cut_layers.run(gm) if cut_equal else None
             if cut is None:
                 return compile_segment(gm, example_inputs)
-            lower.run(cut.outer, names)
+            lower.run(cut.outer, names, in_place=True)
             with compat.own_tracing():
                 runs = [compile_segment(s, [n.meta["val"] for n in s.graph.find_nodes(op="placeholder")])
                         for s in cut.segments]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -13,7 +14,7 @@ from torch.fx import Graph, GraphModule
 
 from tedcompile import graphs
 from tedcompile.mesh import MeshShape
-from tedcompile.passes import cut_layers
+from tedcompile.passes import cut_layers, lower, reduce_gradients
 from tests import joint, models
 
 
@@ -51,6 +52,25 @@ def test_gradients_are_reduced_outside():
     inside = [n for s in cut.segments for n in s.graph.nodes if graphs.collective(n) == "all_reduce"]
     assert outside and all(n.args[-1] in ("data", "dp") for n in outside)
     assert inside and all(n.args[-1] == "tp" for n in inside)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_gradients_travel_beside_the_layers_that_follow(zero, monkeypatch):
+    """Each is sent before the next layer of the backward, and waited for after the last; large ones, alone, as well."""
+    monkeypatch.setattr(reduce_gradients, "BUCKET", 1 << 12)
+    model, batch = models.MODELS["qwen3_moe"](num_hidden_layers=4)
+    mesh = MeshShape(dp=2)
+    cut = cut_layers.run(joint.parts(model, batch(0, 0), mesh, zero=zero)[1])
+    lower.run(cut.outer, {axis: axis for axis in ("data", "dp")}, in_place=True)
+    order = {n: i for i, n in enumerate(cut.outer.graph.nodes)}
+    experts = [any("grouped" in str(n.target) for n in s.graph.nodes) for s in cut.segments]
+    blocks = [order[n] for n in cut.outer.graph.find_nodes(op="call_module") if experts[cut.form[n.target]]]
+    sent = [n for n in order if "reduce" in str(n.target) and "_c10d" in str(n.target)]
+    waits = [order[u] for n in sent for u in n.users]
+    assert len(blocks) == 4 and len(sent) > 8
+    for before, after in itertools.pairwise(blocks):
+        assert any(before < order[n] < after for n in sent)
+    assert all(at > blocks[-1] for at in waits)
 
 
 def test_too_little_repeats():

@@ -1,5 +1,7 @@
 """Which axis each gradient is summed over, by what factor, and in which buckets."""
 
+import operator
+
 import pytest
 import torch
 from torch import nn
@@ -78,14 +80,117 @@ def test_values(mesh, monkeypatch):
 
 
 def test_buckets(monkeypatch):
-    """In the order in which gradients come to be; a bucket ends with the gradient that fills it."""
+    """In the order in which gradients come to be; a bucket ends with the one that fills it; a large one is alone."""
     monkeypatch.setattr(reduce_gradients, "BUCKET", 8 * 10)
     gm = joint([(4,), (6,), (3,), (7,), (20,), (2,)])
-    assert reduced(gm, MeshShape(dp=2), [DENSE] * 6) == [("data", 22), ("data", 10), ("data", 10)]
+    assert reduced(gm, MeshShape(dp=2), [DENSE] * 6) == [("data", 20), ("data", 12), ("data", 10)]
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     first = next(n for n in gm.graph.nodes if n.target is ops.all_reduce.default)
     last = next(n for n in gm.graph.nodes if n.name == "neg_default_5")  # the gradient of g0, made last
     assert order[first] < order[last]
+
+
+def backward(tangents, functions, dtype=torch.float64):
+    """A stand-in for a joint graph: gradients as functions of (graph, x, tangent), each of another x (3, 4)."""
+    graph = Graph()
+    xs = [graph.placeholder(f"x{i}") for i in range(len(functions))]
+    given = [graph.placeholder(f"tangents_{i}") for i in range(tangents)]
+    for node in (*xs, *given):
+        node.meta["val"] = torch.empty((3, 4) if node in xs else (), device="meta", dtype=dtype)
+    loss = graphs.call(graph, aten.sum.default, (xs[0],), xs[0])
+    graph.output((loss, *(f(graph, x, given[i % tangents]) for i, (f, x) in enumerate(zip(functions, xs)))))
+    return GraphModule(nn.Module(), graph)
+
+
+def times(graph, x, tangent):
+    return graphs.call(graph, aten.mul.Tensor, (x, tangent), x)
+
+
+def turned(graph, x, tangent):
+    return graphs.call(graph, aten.t.default, (times(graph, x, tangent),), x)
+
+
+def itself(graph, x, tangent):
+    return graphs.call(graph, aten.expand.default, (tangent, [3, 4]), x)
+
+
+def reduced_at(gm, mesh, others=0):
+    """Targets and arguments, and the sums' operands that are free to be written over."""
+    ctx = Context(mesh)
+    gradients = range(1, len(gm.graph.output_node().args[0]) - others)
+    ctx.outputs, ctx.gradients = 1, dict.fromkeys(gradients, DENSE)
+    reduce_gradients.run(gm, ctx)
+    gm.graph.lint()
+    sums = gm.graph.find_nodes(op="call_function", target=ops.all_reduce.default)
+    return text(gm), [n.meta["own"] for n in sums], sums
+
+
+def test_a_large_gradient_goes_as_it_lies(monkeypatch):
+    monkeypatch.setattr(reduce_gradients, "BUCKET", 8)
+    lines, own, sums = reduced_at(backward(1, [times, turned, itself]), MeshShape(dp=2))
+    assert [n.args[0].target for n in sums] == [aten.mul.Tensor, aten.mul.Tensor, aten.clone.default]
+    assert own == [True] * 3
+    assert lines.count("aten.t(all_reduce") == 1 and lines.count("aten.mul.Tensor(tangents_0, 0.5)") == 1
+    assert "segment" not in {key for n in sums for key in n.meta}  # these stay outside of what is compiled
+
+
+def test_what_others_read_is_not_written_over(monkeypatch):
+    monkeypatch.setattr(reduce_gradients, "BUCKET", 8)
+
+    def both(graph, x, tangent):
+        kept.append(times(graph, x, tangent))
+        return kept[0]
+
+    kept = []
+    gm = backward(1, [both, lambda graph, *_: graphs.call(graph, aten.neg.default, (kept[0],), kept[0])])
+    assert reduced_at(gm, MeshShape(dp=2))[1] == [False, True]
+    gm = backward(1, [lambda graph, x, _: x])  # an input itself
+    assert reduced_at(gm, MeshShape(dp=2))[1] == [False]
+
+
+@pytest.mark.parametrize("bucket", [8, 8 * 24, 1 << 20])
+@pytest.mark.parametrize("mesh", [MeshShape(dp=2), MeshShape(dp=3), MeshShape(dp=2, ep=2)], ids=str)
+def test_the_mean_of_a_backward(mesh, bucket, monkeypatch):
+    monkeypatch.setattr(reduce_gradients, "BUCKET", bucket)
+    functions = [times, turned, itself, turned]
+    gm, plain = backward(2, functions), backward(2, functions)
+    reduced_at(gm, mesh)
+    ranks = Ranks(mesh, monkeypatch)
+    given = [{n.name: torch.randn(n.meta["val"].shape, dtype=torch.float64)
+              for n in gm.graph.find_nodes(op="placeholder")} for _ in ranks.at]  # fmt: skip
+    results = ranks.run(gm, lambda node, r: given[r][node.name])
+    alone = [plain(*(given[r][n.name] for n in plain.graph.find_nodes(op="placeholder"))) for r in range(len(given))]
+    for i in range(1, len(functions) + 1):
+        for r in range(len(given)):
+            torch.testing.assert_close(results[r][i], sum(a[i] for a in alone) / mesh["data"])
+
+
+def fp16(graph, x, tangent):
+    half = graphs.call(graph, aten._to_copy.default, (x,), x, x.meta["val"].half())
+    half.kwargs = {"dtype": torch.float16}
+    return graphs.call(graph, aten.mul.Tensor, (half, tangent), x, half.meta["val"])
+
+
+@pytest.mark.parametrize(
+    "make, mesh, others",
+    [
+        (lambda: backward(1, [fp16]), MeshShape(dp=2), 0),
+        (lambda: backward(1, [times], torch.bfloat16), MeshShape(dp=3), 0),  # 1/3 in bf16
+        (lambda: backward(1, [times, times]), MeshShape(dp=2), 1),  # the gradient of an input
+    ],
+)
+def test_what_is_divided_by_itself(make, mesh, others):
+    assert "(tangents" not in reduced_at(make(), mesh, others)[0].replace("(tangents_0)", "")
+
+
+def test_a_users_backward_gets_what_autograd_gives():
+    def own(graph, x, tangent):
+        call = graph.call_function(torch.ops.tedfn.backward.default, ("f", 0, [tangent], [x], [], []))
+        call.meta["val"] = [x.meta["val"]]
+        return graphs.call(graph, operator.getitem, (call, 0), x, x.meta["val"])
+
+    lines, _, _ = reduced_at(backward(1, [own]), MeshShape(dp=2))
+    assert "mul.Tensor(tangents_0" not in lines and "0.5" in lines
 
 
 def test_dtypes_do_not_share_a_bucket():
