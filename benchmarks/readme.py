@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 HERE = pathlib.Path(__file__).parent
 NAMES = {"forward_backward_ms": "forward + backward, ms", "step_ms": "step, ms",
-         "tokens_per_s_per_gpu": "tokens/s per GPU", "calls": "collectives a step",
+         "tokens_per_s_per_gpu": "tokens/s per GPU", "of_one_gpu": "of one GPU's", "calls": "collectives a step",
          "ep_gib": "sent over ep (or ep x tp), GiB", "tp_gib": "sent over tp, GiB", "peak_gib": "peak memory, GiB",
          "first_step_s": "first step, s", "second_step_s": "second step, s",
          "fastest_ms": "fastest, ms", "predicted_ms": "predicted, ms", "time_ratio": "measured / predicted",
