@@ -4,8 +4,9 @@ Before:  a = x @ w1; b = relu(a); c = b @ w2; d = relu(c); g = all_reduce(d, "da
 After:   (b,) = layer(x, w1);  (d,) = layer(b, w2);  g = all_reduce(d, "data")            # layer compiled once
 
 A segment is what one numbered module (`layers.3`) computes, or what lies between them. Sums of gradients and gathers of
-parameters (over data axes) stay outside, where they overlap with the segments that follow them. Segments are equal when
-their ops, constants, sizes and strides are, up to the names of sizes that only a run knows.
+parameters (over data axes) stay outside, where they overlap with the segments that follow them; a layer's backward ends
+with its large gradients and goes on as another segment, beside which these travel. Segments are equal when their ops,
+constants, sizes and strides are, up to the names of sizes that only a run knows.
 
 Needs: a partitioned graph, collectives still named by axis; module paths on its nodes, forward ones on those of a
 backward. Leaves true: `run` changes no node of the graph it is given. Refuses: a graph in which no segment repeats, and
@@ -30,6 +31,7 @@ from tedcompile.capture import layer_of, module_path
 OUTSIDE = "outside"  # `meta["segment"]` of a node that is no part of a segment
 DATA_AXES = ("data", "dp")
 LEAST = 8  # nodes: a smaller segment is not worth a cut
+LARGE = 25 << 20  # bytes: so is a smaller gradient
 
 
 @dataclass
@@ -141,7 +143,28 @@ def _labels(graph: Graph) -> dict[Node, str | None]:
     for node in reversed(graph.nodes):
         if node in early and layers.get(node) and any(layers.get(u, layers[node]) != layers[node] for u in node.users):
             labels[node] = layers[node] = ""
+    _end_early(graph, labels)
     return labels
+
+
+def _end_early(graph: Graph, labels: dict[Node, str | None]) -> None:
+    """Parts a layer behind the last of its large gradients, which are at least half as large as the largest."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    members: dict[str, list[Node]] = {}
+    for node, label in labels.items():
+        if label and label != OUTSIDE:
+            members.setdefault(label, []).append(node)
+    sent: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        label = labels.get(node.args[0]) if graphs.collective(node) and labels[node] == OUTSIDE else None
+        if label in members:
+            sent.setdefault(label, []).append(node.args[0])
+    for label, grads in sent.items():
+        size = {g: g.meta["val"].numel() * g.meta["val"].element_size() for g in grads}
+        last = max(order[g] for g in grads if 2 * size[g] >= max(size.values()))
+        rest = [n for n in members[label] if order[n] > last]
+        if max(size.values()) >= LARGE and len(rest) >= LEAST:
+            labels |= dict.fromkeys(rest, f"{label}, the rest")
 
 
 def _writes(node: Node) -> bool:

@@ -22,11 +22,12 @@ from torch.distributed.tensor import DTensor
 
 from tedcompile import compat
 from tedcompile.optim import rules, tiles
-from tedcompile.optim.flat import VERSION, Bucket, Slot, copies, share
+from tedcompile.optim.flat import VERSION, Bucket, Slot, copies, scattered, share
 from tedcompile.optim.offload import Array, Stager, choose
 from tedcompile.optim.tiles import BLOCK, LAUNCH
 
 GRAD = attrgetter("grad")
+LONG = 8  # tiles that travel as one where they are gathered in place: no more memory, and a link's full speed
 CHOICES = {"master": ("fp32", "split"), "moments": ("fp32", "bf16", "int8"), "offload": (None, "cpu")}
 CHOICES |= {"update_on": ("auto", "device", "host"), "norm": ("step", "backward")}
 
@@ -183,7 +184,9 @@ class Tiled(torch.optim.Optimizer):
             row = sum(d.itemsize * c for d, c in arrays) if self.offload else dtype.itemsize * BLOCK
             limit = LAUNCH
             if self.offload or group_:
-                limit = self.tile_bytes // row // (dist.get_world_size(group_) if group_ else 1)
+                in_place = group_ and self.device.type == "cuda" and not (self.offload or scattered(members[0][0]))
+                tile = self.tile_bytes * (LONG if in_place else 1)
+                limit = tile // row // (dist.get_world_size(group_) if group_ else 1)
                 limit = max(limit // 4 * 4, 4)  # one number a row, of 4 bytes, starts on 16 too
             bucket = Bucket(number, [p for p, _ in members], [n for _, n in members], limit)
             where = "cpu" if self.offload else self.device

@@ -73,6 +73,27 @@ def test_gradients_travel_beside_the_layers_that_follow(zero, monkeypatch):
     assert all(at > blocks[-1] for at in waits)
 
 
+def test_large_gradients_travel_beside_the_rest_of_their_layer(monkeypatch):
+    monkeypatch.setattr(reduce_gradients, "BUCKET", 1 << 12)
+    model, batch = models.MODELS["qwen3_moe"](num_hidden_layers=4)
+    backward = joint.parts(model, batch(0, 0), MeshShape(dp=2))[1]
+    whole = cut_layers.run(backward)
+    monkeypatch.setattr(cut_layers, "LARGE", 1 << 12)
+    cut = cut_layers.run(backward)
+    has = [
+        [any(w in str(n.target) for n in s.graph.nodes) for w in ("grouped_outer", "attention")] for s in cut.segments
+    ]
+    calls = [cut.form[n.target] for n in cut.outer.graph.nodes if n.op == "call_module"]
+    experts, attention = ([n for n in calls if has[n][i]] for i in range(2))
+    assert len(experts) == len(attention) == 4
+    assert len(set(experts)) == 1 and len(set(attention[:3])) == 1 and set(experts).isdisjoint(attention)
+    assert len(cut.segments) <= len(whole.segments) + 2  # what the first layer recomputes may be something else
+    order = [n for n in cut.outer.graph.nodes if n.op == "call_module" or graphs.collective(n)]
+    last = max(i for i, n in enumerate(order) if n.op == "call_module" and has[cut.form[n.target]][1])
+    large = [i for i, n in enumerate(order) if graphs.collective(n) and n.args[0].meta["val"].dim() == 3]
+    assert len(large) == 8 and max(large) < last  # also those of the layer that comes last
+
+
 def test_too_little_repeats():
     class Two(nn.Module):
         def __init__(self):
