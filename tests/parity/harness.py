@@ -38,6 +38,7 @@ from tedcompile.compare import (
 from tests import models
 
 STEPS, LEARNING_RATE = 3, 0.2
+LARGE = 32 << 10  # bytes of a gradient that travels by itself: these models are small, and have both kinds
 IDLE = 3  # the expert that "starved_expert" starves
 # options of parallelize by name; each must give the same numbers
 OPTIONS: dict[str, dict] = {
@@ -256,10 +257,13 @@ def parallel(case: Case, mesh) -> tuple[nn.Module, Callable[[int, int], dict[str
 
 def run_case(case: Case) -> dict:
     """One rank's verdict. All ranks of a world of `case.world` call it; they communicate in the same order."""
-    if case.sabotage == "no_reduction":
-        with unittest.mock.patch("tedcompile.passes.reduce_gradients.run", lambda gm, ctx: None):
-            return compare_case(case)
-    return compare_case(case)
+    patch = unittest.mock.patch
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch("tedcompile.passes.reduce_gradients.BUCKET", LARGE))
+        stack.enter_context(patch("tedcompile.passes.cut_layers.LARGE", LARGE))
+        if case.sabotage == "no_reduction":
+            stack.enter_context(patch("tedcompile.passes.reduce_gradients.run", lambda gm, ctx: None))
+        return compare_case(case)
 
 
 def compare_case(case: Case) -> dict:
