@@ -38,6 +38,7 @@ def run(gm: GraphModule, names: dict[str, str], in_place: bool = False) -> None:
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
     _overlap(gm)
+    _products_late(gm)
     _wait_late(gm)
     _start_early(gm)
     gm.graph.lint()
@@ -121,6 +122,7 @@ LOWERED = {
 }
 
 
+STARTS = {c10d.all_reduce.default, c10d.all_gather_into_tensor.default, c10d.reduce_scatter_tensor.default}
 PRODUCTS = {
     aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.linear.default,
     ops.grouped_mm.default, ops.grouped_outer.default, ops.tokens_outer.default, ops.gated_experts.default,
@@ -162,6 +164,30 @@ def _overlap(gm: GraphModule) -> None:
         old.replace_all_uses_with(there)
         for n in (old, node) if taken else (node,):
             graph.erase_node(n)
+
+
+def _products_late(gm: GraphModule) -> None:
+    """Products that the next collective does not need (weight gradients) come behind its start: they hide it.
+
+    Each is moved behind one collective only; what reads it and stands before that goes with it.
+    """
+    before: list[Node] = []  # since the last start
+    for node in list(gm.graph.nodes):
+        if node.target not in STARTS:
+            before.append(node)
+            continue
+        here, needed, ahead = set(before), set[Node](), [node]
+        while ahead:
+            found = [a for a in ahead.pop().all_input_nodes if a in here and a not in needed]
+            needed.update(found)
+            ahead += found
+        late: dict[Node, None] = {}
+        for n in before:
+            if n not in needed and (n.target in PRODUCTS or any(a in late for a in n.all_input_nodes)):
+                late[n] = None
+        for n in reversed(late):
+            node.append(n)
+        before = []
 
 
 AHEAD = 64 << 20  # bytes of gathered parameters that are on their way at once

@@ -63,6 +63,22 @@ def test_wait_is_late():
     assert [name for name, _ in calls(graph_of(build, (4,)))] == ["all_reduce", "neg", "relu", "wait_tensor", "add"]
 
 
+def test_products_hide_the_next_collective():
+    """The weight's gradient is not needed for the other one's sum: it is computed while that travels, once."""
+
+    def build(add, x, w, g):
+        weight = add(aten.t.default, add(aten.mm.default, add(aten.t.default, g), x))
+        other = add(aten.mm.default, add(aten.t.default, g), add(aten.neg.default, x))
+        first = add(ops.all_reduce.default, add(aten.mm.default, g, w), "tp")
+        second = add(ops.all_reduce.default, add(aten.relu.default, first), "tp")
+        return second, weight, add(aten.exp.default, other)
+
+    gm = graph_of(build, (4, 3), (5, 3), (4, 5))
+    assert [name for name, _ in calls(gm)] == [
+        "t", "t", "neg", "mm", "all_reduce", "mm", "t", "mm", "wait_tensor", "relu", "all_reduce", "exp", "wait_tensor",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("dim, sections", [(0, []), (1, []), (0, [2, 6]), (1, [4, 2]), (1, [2, 2, 2])], ids=str)
 def test_gather_puts_blocks_where_they_belong(dim, sections, monkeypatch):
     whole = torch.arange(48.0).view(8, 6)
