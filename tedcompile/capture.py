@@ -46,7 +46,10 @@ class Captured:
 
 def bind(forward, args: tuple, kwargs: dict) -> dict[str, Any]:
     """A call's arguments by name, in the order of the forward's signature; TypeError as the plain call would give."""
-    bound = inspect.signature(forward).bind(*args, **kwargs)
+    try:
+        bound = inspect.signature(forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{forward.__qualname__}: {error}") from None
     flat: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind

@@ -225,7 +225,7 @@ def require_axes(gm: GraphModule, ctx: Context) -> None:
         found = [(n, r) for n, r in ctx.replicated if (n.op == "placeholder") == (axis == "tp")]
         why = f"{where(found[0][0])}: {found[0][1]}" if found else "the model has no part that it could split"
         sizes = sorted({d for n in gm.graph.nodes for d in _divisors(n, axis)})
-        hint = f"; {axis} = {', '.join(map(str, sizes[:8]))} would" if sizes else ""
+        hint = f"; {axis} = {', '.join(map(str, sizes[:8]))} would" if sizes and not why.endswith(" would") else ""
         raise ValueError(f"{axis}={size} cannot work, no parameter divides over it: {why}{hint}")
 
 
