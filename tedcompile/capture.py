@@ -49,7 +49,8 @@ def bind(forward, args: tuple, kwargs: dict) -> dict[str, Any]:
     try:
         bound = inspect.signature(forward).bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(f"{forward.__qualname__}: {error}") from None
+        name = getattr(forward, "__qualname__", "the forward")
+        raise TypeError(f"{name}: {error}") from None
     flat: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind
