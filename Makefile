@@ -57,7 +57,8 @@ clean:
 	rm -rf .venv .venv211 build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv211/.installed: EDIT := s/^torch==.*/torch==2.11.0/
+# torch 2.11 comes with triton 3.6, whose interpreter knows numpy up to 2.3
+.venv211/.installed: EDIT := s/^torch==.*/torch==2.11.0/; s/^numpy.*/numpy>=2.2,<2.4/
 .venv/.installed .venv211/.installed: pyproject.toml constraints.txt
 	@command -v "$(PYTHON)" >/dev/null || { echo "No '$(PYTHON)' on this machine: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "'$(PYTHON)' is $$("$(PYTHON)" -V 2>&1), but Python 3.10 or newer is needed; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
