@@ -99,10 +99,13 @@ def _steps(graph: Graph) -> list[tuple[str, list[Node]]]:
     steps: list[tuple[str, list[Node]]] = []
     step: dict[Node, int] = {}
     made: dict[str, list[int]] = {}  # the steps of each label
-    # a gather of a parameter may be anywhere: where it is in a layer, it would part it
-    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
-    nodes.sort(key=lambda n: not (graphs.collective(n) and labels[n] == OUTSIDE and n.args[0].op == "placeholder"))
-    for node in nodes:
+    # a gather of a parameter may be anywhere: in the middle of a layer it would part it
+    free = {
+        n: None for n in graph.nodes if labels[n] == OUTSIDE and graphs.collective(n) and n.args[0].op == "placeholder"
+    }
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output") or node in free:
+            continue
         need = max((step[a] for a in node.all_input_nodes if a in step), default=-1)
         label = labels[node]
         if label is None:  # autograd's own sums: with the value that comes last
@@ -118,7 +121,14 @@ def _steps(graph: Graph) -> list[tuple[str, list[Node]]]:
             made.setdefault(label, []).append(at)
         steps[at][1].append(node)
         step[node] = at
-    return steps
+    first: dict[int, list[Node]] = {}
+    for node in free:
+        first.setdefault(min((step[u] for u in node.users if u in step), default=len(steps)), []).append(node)
+    ordered: list[tuple[str, list[Node]]] = []
+    for at, one in enumerate([*steps, None]):
+        ordered += [(OUTSIDE, [node]) for node in first.get(at, ())]
+        ordered += [one] if one else []
+    return ordered
 
 
 def _labels(graph: Graph) -> dict[Node, str | None]:

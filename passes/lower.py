@@ -4,8 +4,7 @@ Before:  y = ted.all_reduce(x, "tp")
 After:   y = wait_tensor(_c10d_functional.all_reduce(x, "sum", "ted_tp"))  # started here, waited for at its use
 
 Inductor schedules and buckets `_c10d_functional`; what it has no counterpart for stays our op, with the group's name.
-A sum that owns its operand (`meta["own"]`) is done in place where the graph runs node by node: Inductor sees to that
-itself.
+A sum that owns its operand (`own_memory`) is done in place where the graph runs node by node; Inductor does so itself.
 
 Needs: a functional graph with local fake values (after autograd); `names`, the process group's name of each axis.
 """
@@ -174,7 +173,8 @@ def _products_late(gm: GraphModule) -> None:
     before: list[Node] = []  # since the last start
     for node in list(gm.graph.nodes):
         if node.target not in STARTS:
-            before.append(node)
+            # an all-to-all has its own products to hide it
+            before = [] if node.target in (ops.start_all_to_all.default, ops.arrive.default) else [*before, node]
             continue
         here, needed, ahead = set(before), set[Node](), [node]
         while ahead:
@@ -201,15 +201,16 @@ def _start_early(gm: GraphModule) -> None:
     started = [n for n in gm.graph.find_nodes(op="call_function", target=c10d.all_gather_into_tensor.default)
                if n.args[0].target is aten.clone.default and n.args[0].args[0].op == "placeholder"]  # fmt: skip
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    waits = [min(n.users, key=order.__getitem__) for n in started]
+    waits = {n: min(n.users, key=order.__getitem__) for n in started}
+    started.sort(key=lambda n: order[waits[n]])
     sizes = [n.meta["val"].numel() * n.meta["val"].element_size() for n in started]
     for k in range(1, len(started)):
         j, size = k - 1, sizes[k]
         while j and size + sizes[j] <= AHEAD:
             size += sizes[j]
             j -= 1
-        waits[j].prepend(started[k].args[0])
-        waits[j].prepend(started[k])
+        waits[started[j]].prepend(started[k].args[0])
+        waits[started[j]].prepend(started[k])
 
 
 def _wait_late(gm: GraphModule) -> None:

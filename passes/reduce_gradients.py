@@ -7,11 +7,11 @@ After:   d_loss = d_loss / (dp*ep)                                   # a gradien
 Dense parameters are reduced over dp x ep; experts, which are split over ep, over dp; both are divided by dp * ep, for a
 step is the step on the mean of the dp x ep losses (DeepSpeed-TED, arXiv 2303.06318, section 3). Never over tp: there a
 gradient is either this rank's own part or whole already. A bucket is sent as soon as its last gradient exists; one as
-large as a bucket goes alone, as it lies in memory, and in place where nothing else reads it (`meta["own"]`).
+large as a bucket goes alone, as it lies in memory.
 Under ZeRO-2 and 3 the VJPs of `gather_parameters` have summed them already; what is left is to divide.
 
 Each gradient is divided by itself, not the loss's, where that is not the same: a user's own backward is any function of
-what it is given, fp16 and a low-precision 1 / 3 round, and gradients of inputs are this rank's.
+what it is given, or of nothing; fp16 and a low-precision 1 / 3 round; gradients of inputs are this rank's.
 
 Needs: `ctx.gradients`, for each output of the joint graph that is a parameter's gradient, the parameter's placements;
 `ctx.shares`, of those that ZeRO splits, how; `ctx.outputs`, how many outputs are no gradients.
@@ -20,7 +20,6 @@ Needs: `ctx.gradients`, for each output of the joint graph that is a parameter's
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from tedcompile.ops import ops
 BUCKET = 25 << 20  # bytes
 MOVES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.t.default,
          aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims}  # fmt: skip
-KEPT_BACKWARD = torch.ops.tedfn.backward.default
+LINEAR = ("aten", "prims", "ted", "_operator")  # namespaces of ops whose backwards are linear
 
 
 def run(gm: GraphModule, ctx) -> None:
@@ -41,8 +40,8 @@ def run(gm: GraphModule, ctx) -> None:
     if copies == 1:
         return
     output = gm.graph.output_node()
+    scale = 1.0 if _divide_early(gm.graph, ctx, copies) else 1 / copies
     results = list(output.args[0])
-    scale = 1.0 if _divide_early(gm.graph, ctx, results, copies) else 1 / copies
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     families: dict[tuple, list[tuple[int, Node]]] = {}
     for i, placements in ctx.gradients.items():
@@ -76,14 +75,23 @@ def run(gm: GraphModule, ctx) -> None:
 # ---- the mean
 
 
-def _divide_early(graph: Graph, ctx, results: list, copies: int) -> bool:
+def _divide_early(graph: Graph, ctx, copies: int) -> bool:
     """Divides what the backward begins with, where this divides all gradients and rounds no more than they do."""
+    results = graph.output_node().args[0]
     tangents = [n for n in graph.find_nodes(op="placeholder") if n.name.startswith("tangents")]
     others = any(g is not None for i, g in enumerate(results) if i >= ctx.outputs and i not in ctx.gradients)
     kinds = {v.dtype for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)}
-    exact = copies & (copies - 1) == 0 or {t.meta["val"].dtype for t in tangents} <= {torch.float32, torch.float64}
-    own = any(n.target is KEPT_BACKWARD for n in graph.nodes)
-    if not tangents or others or torch.float16 in kinds or not exact or own:
+    power_of_two = copies & (copies - 1) == 0
+    if others or torch.float16 in kinds or not (power_of_two or torch.bfloat16 not in kinds):
+        return False
+    linear = lambda n: getattr(n.target, "namespace", getattr(n.target, "__module__", "")) in LINEAR
+    if not all(linear(n) for n in graph.nodes if n.op == "call_function"):
+        return False
+    given = set(tangents)
+    for node in graph.nodes:
+        if not given.isdisjoint(node.all_input_nodes):
+            given.add(node)
+    if any(results[i] is not None and results[i] not in given for i in ctx.gradients):
         return False
     order = {n: i for i, n in enumerate(graph.nodes)}
     for tangent in tangents:
@@ -112,27 +120,14 @@ def _alone(graph: Graph, grad: Node, axis: str, scale: float, output: Node) -> N
     while base.target in MOVES and len(base.users) == 1:
         moves.insert(0, base)
         base = base.all_input_nodes[0]
-    own = scale != 1
-    if not base.meta["val"].is_contiguous() or base.meta["val"].numel() != grad.meta["val"].numel():
+    if not base.meta["val"].is_contiguous():
         with graphs.after(graph, grad):
             base = graphs.call(graph, aten.clone.default, (grad,), grad, grad.meta["val"].contiguous())
-        base.kwargs = {"memory_format": torch.contiguous_format}
-        moves, own = [], True
-    elif scale == 1:
-        own = len(base.users) == 1 and _made_here(base)
+        base.kwargs, moves = {"memory_format": torch.contiguous_format}, []
     sent = _scaled(graph, base, scale)
     with graphs.after(graph, sent):
-        value = graphs.call(graph, ops.all_reduce.default, (sent, axis), sent)
-    value.meta["own"] = own
-    return _seen(graph, value, [(m.target, m.args[1:], m) for m in moves], output)
-
-
-def _made_here(node: Node) -> bool:
-    """Whether a node's result is memory of its own."""
-    if node.target is operator.getitem:
-        return _made_here(node.args[0])
-    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-    return schema is not None and node.target not in MOVES and not any(r.alias_info for r in schema.returns)
+        summed = graphs.call(graph, ops.all_reduce.default, (sent, axis), sent)
+    return _seen(graph, summed, [(m.target, m.args[1:], m) for m in moves], output)
 
 
 def _together(
@@ -148,7 +143,6 @@ def _together(
             whole = graphs.call(graph, aten.mul.Tensor, (whole, scale), last)
             parts.append(whole)
         summed = graphs.call(graph, ops.all_reduce.default, (whole, axis), last)
-    summed.meta["own"] = True
     for node in parts:
         node.meta["segment"] = "bucket"
     start = 0

@@ -25,6 +25,7 @@ from tedcompile.passes import (
     fuse_loss,
     gather_parameters,
     lower,
+    own_memory,
     peepholes,
     reduce_gradients,
     save_collectives,
@@ -206,6 +207,8 @@ def _compiler(backend: str, names: dict[str, str], deterministic: bool, cut_equa
         place = "the backward" if backward else "the forward"
 
         def compile_graph(gm: GraphModule, example_inputs: list) -> Callable:
+            if backward:
+                own_memory.run(gm)
             found = watch.collectives(gm)
             return watch.watched(compile_layers(gm, example_inputs), found, place, names)
 
