@@ -73,6 +73,25 @@ def test_gradients_travel_beside_the_layers_that_follow(zero, monkeypatch):
     assert all(at > blocks[-1] for at in waits)
 
 
+@pytest.mark.parametrize("mesh", [MeshShape(dp=2, ep=2), MeshShape(dp=2, tp=2)], ids=str)
+def test_parameters_are_whole_when_they_are_read(mesh, monkeypatch):
+    """ZeRO-3: layers are not parted, each wait comes after its start, and what is joined stands before its reader."""
+    monkeypatch.setattr(lower, "AHEAD", 1)
+    model, batch = models.MODELS["qwen3_moe"](num_hidden_layers=4)
+    for graph in joint.parts(model, batch(0, 0), mesh, zero=3):
+        cut = cut_layers.run(graph)
+        assert len(layers(cut)) == 4
+        lower.run(cut.outer, {axis: axis for axis in ("data", "dp", "ep", "tp")}, in_place=True)
+        order = {n: i for i, n in enumerate(cut.outer.graph.nodes)}
+        assert all(order[a] < order[n] for n in order for a in n.all_input_nodes)
+        calls = cut.outer.graph.find_nodes(op="call_module")
+        joined = cut.outer.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+        assert joined
+        for node in joined:
+            first = min(order[u] for u in node.users)
+            assert not any(order[node] < order[n] < first for n in calls)
+
+
 def test_large_gradients_travel_beside_the_rest_of_their_layer(monkeypatch):
     monkeypatch.setattr(reduce_gradients, "BUCKET", 1 << 12)
     model, batch = models.MODELS["qwen3_moe"](num_hidden_layers=4)

@@ -79,6 +79,16 @@ def test_products_hide_the_next_collective():
     ]  # fmt: skip
 
 
+def test_a_product_that_hides_an_all_to_all_stays_there():
+    def build(add, x, w, s):
+        there = add(ops.all_to_all_like.default, x, s, x, "ep")
+        product = add(aten.mm.default, x, w)
+        return add(ops.all_reduce.default, add(aten.relu.default, there), "tp"), product
+
+    names = [name for name, _ in calls(graph_of(build, (4, 3), (3, 5), (2, 2)))]
+    assert names == ["start_all_to_all", "mm", "arrive", "relu", "all_reduce", "wait_tensor"]
+
+
 @pytest.mark.parametrize("dim, sections", [(0, []), (1, []), (0, [2, 6]), (1, [4, 2]), (1, [2, 2, 2])], ids=str)
 def test_gather_puts_blocks_where_they_belong(dim, sections, monkeypatch):
     whole = torch.arange(48.0).view(8, 6)
