@@ -311,11 +311,17 @@ def _buckets(
         bucket: list[Node] = []
         size = 0
         for p in parameters:
+            more = _bytes(p.meta["val"], shapes.local(p))
+            if more >= reduce_gradients.BUCKET:
+                yield axis, [p]
+                continue
             bucket.append(p)
-            size += _bytes(p.meta["val"], shapes.local(p))
-            if size >= reduce_gradients.BUCKET or p is parameters[-1]:
+            size += more
+            if size >= reduce_gradients.BUCKET:
                 yield axis, bucket
                 bucket, size = [], 0
+        if bucket:
+            yield axis, bucket
 
 
 def _filled(nodes: list[Node], shapes: Shapes, limit: int) -> Iterator[list[Node]]:

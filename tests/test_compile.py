@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx import symbolic_trace
 
-from tedcompile import compile
+from tedcompile import compile, graphs
 from tedcompile.ops import ops
 
 
@@ -27,11 +27,11 @@ def test_a_graph_with_collectives_keeps_its_order(monkeypatch):
 
     seen = []
     monkeypatch.setattr(compile_fx, "compile_fx_inner", lambda *a, **k: seen.append(config.reorder_for_peak_memory))
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    x.meta["val"] = torch.empty(4, device="meta")
-    y = graph.call_function(ops.all_reduce.default, (x, "tp"))
-    graph.output(y)
-    for gm in (symbolic_trace(torch.nn.ReLU()), torch.fx.GraphModule({}, graph)):
+    for target, more in ((torch.ops.aten.relu.default, ()), (ops.all_reduce.default, ("tp",))):
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        x.meta["val"] = torch.empty(4, device="meta")
+        graph.output((graphs.call(graph, target, (x, *more), x),))
+        gm = torch.fx.GraphModule({}, graph)
         compile._compiler("inductor", {"tp": "ted_tp"}, False, True)(True, False)(gm, [])
     assert seen == [config.reorder_for_peak_memory, False]
