@@ -13,6 +13,7 @@ from tedcompile.mesh import MeshShape
 from tedcompile.ops import ops
 from tedcompile.passes import reduce_gradients
 from tedcompile.pipeline import Context
+from tests.joint import parts
 from tests.lockstep import Ranks, text
 
 DENSE, EXPERT = {}, {"ep": S(0), "tp": S(2)}
@@ -183,3 +184,30 @@ def test_what_is_divided_by_itself(make, mesh, others):
     lines, sums = reduced_at(make(), mesh, others)
     assert "mul.Tensor(tangents" not in lines
     assert all(n.args[0].target is aten.mul.Tensor and n.args[0].args[1] == 1 / mesh.dp for n in sums) and sums
+
+
+@torch.library.custom_op("tedcompile_tests::clipped", mutates_args=())
+def clipped(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+clipped.register_fake(torch.empty_like)
+clipped.register_autograd(lambda ctx, g: g.clamp(-1e-3, 1e-3))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["torch's ops", "an op of the user's"])
+def test_an_op_of_the_users_is_given_what_autograd_gives(own):
+    """Its backward is traced into torch's ops, and need not be linear: the loss is divided only where there is none."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.linear(x)
+            return (torch.ops.tedcompile_tests.clipped(y) if own else y).sum()
+
+    _, graph = parts(Model(), dict(x=torch.ones(2, 4)), MeshShape(dp=2))
+    halves = [n for n in graph.graph.nodes if n.target is aten.mul.Tensor and n.args[1] == 0.5]
+    assert [n.args[0].name.startswith("tangents") for n in halves] == [not own]
