@@ -81,8 +81,8 @@ class Row(NamedTuple):
         return "peer=" in self.system
 
     @property
-    def tiled(self) -> bool:
-        """Trains with TiledAdamW, and has the GPUs to itself."""
+    def alone(self) -> bool:
+        """Has the GPUs to itself: it is to fill them."""
         return "zero" in parse(self.system)[1]
 
 
@@ -186,9 +186,9 @@ def compare(results: dict[Row, dict]) -> list[str]:
     first: dict[tuple, list[float]] = {}
     for row, found in results.items():
         if "losses" in found:
-            key = row.case, parse(row.system)[0]["data"], row.tiled
+            key = row.case, parse(row.system)[0]["data"]
             one_gpu = mesh_runs.reference_losses(results.get(Row(row.case, "tp=1"), {}), row.system)
-            want = one_gpu if one_gpu and not row.tiled else first.setdefault(key, found["losses"])
+            want = one_gpu or first.setdefault(key, found["losses"])
             pairs = zip(found["losses"], want, strict=True)
             found["worst_loss_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
         if "handed" in found and sum(found["explained"].values()):
@@ -319,7 +319,7 @@ def work(options: argparse.Namespace, table: list[Row]) -> list[str]:
         waiting = [row for row in steps if row and row not in results]
         if not waiting or left < longest:  # what is begun should have the time to end
             break
-        together = list(itertools.takewhile(lambda row: not (row.tiled or row.peer), waiting))[: options.side]
+        together = list(itertools.takewhile(lambda row: not (row.alone or row.peer), waiting))[: options.side]
         together = together or waiting[:1]
         with tempfile.TemporaryDirectory() as folder:
             if together[0].peer:

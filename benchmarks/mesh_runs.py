@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from tedcompile.mesh import MeshShape
 
 KINDS = {"checkpoint": str, "memory_budget": float, "zero": int, "master": str, "moments": str}  # the rest is the plan
-MESHES = ("tp=1", "tp=2", "ep=2", "dp=2")
-# beside these cases: two tensor-parallel GPUs with the work of two, and the least memory with exact masters
+CASES, MESHES = ("demo", "qwen3_4layers"), ("tp=1", "tp=2", "ep=2", "dp=2")
+# beside these: two tensor-parallel GPUs with the work of two, and the least memory with exact masters
 MORE = ("qwen3_4layers:batch=8 tp=1", "qwen3_4layers:batch=8 tp=2", "qwen3_4layers ep=2 zero=1 master=split")
 TOLERANCE, ROUNDS = 2e-2, 3
 LATE = "did not end in time"
@@ -522,8 +522,8 @@ class Driver:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    parser.add_argument("--cases", nargs="+", default=["demo", "qwen3_4layers"])
-    parser.add_argument("--meshes", nargs="+", default=list(MESHES))
+    parser.add_argument("--cases", nargs="+", default=[], help=f"by default {' '.join(CASES)}, and {'; '.join(MORE)}")
+    parser.add_argument("--meshes", nargs="+", default=[], help=f"by default {' '.join(MESHES)}")
     parser.add_argument("--jobs", nargs="+", default=[], metavar="'CASE MESH ...'", help="these, instead of all cases")
     parser.add_argument("--seconds", type=float, default=400.0, help="for everything")
     parser.add_argument("--cpu", action="store_true", help="a tiny model on gloo")
@@ -543,10 +543,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # of each of the many processes
-        pairs = [job.split(maxsplit=1) for job in options.jobs]
-        pairs = pairs or [[case, mesh] for case in options.cases for mesh in options.meshes] + (
-            [] if options.cpu else [job.split(maxsplit=1) for job in MORE]
-        )
+        named = options.jobs
+        if not named:
+            cases, meshes = options.cases or CASES, options.meshes or MESHES
+            named = [f"{case} {mesh}" for case in cases for mesh in meshes]
+            named += MORE if not (options.cases or options.meshes) else ()
+        pairs = [job.split(maxsplit=1) for job in named]
         jobs = [  # those on one GPU take turns on the two
             Job(case, mesh, k % 2 if parse(mesh)[0].world == 1 else 0, pathlib.Path(folder, f"{case}-{k}.x"))
             for k, (case, mesh) in enumerate(pairs)
