@@ -27,11 +27,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from tedcompile import compat, graphs
 from tedcompile.capture import layer_of, module_path
+from tedcompile.passes import reduce_gradients
 
 OUTSIDE = "outside"  # `meta["segment"]` of a node that is no part of a segment
 DATA_AXES = ("data", "dp")
 LEAST = 8  # nodes: a smaller segment is not worth a cut
-LARGE = 25 << 20  # bytes: so is a smaller gradient
 
 
 @dataclass
@@ -100,9 +100,8 @@ def _steps(graph: Graph) -> list[tuple[str, list[Node]]]:
     step: dict[Node, int] = {}
     made: dict[str, list[int]] = {}  # the steps of each label
     # a gather of a parameter may be anywhere: in the middle of a layer it would part it
-    free = {
-        n: None for n in graph.nodes if labels[n] == OUTSIDE and graphs.collective(n) and n.args[0].op == "placeholder"
-    }
+    outside = [n for n in graph.nodes if labels[n] == OUTSIDE and graphs.collective(n)]
+    free = {n: None for n in outside if n.args[0].op == "placeholder"}
     for node in graph.nodes:
         if node.op in ("placeholder", "output") or node in free:
             continue
@@ -121,14 +120,11 @@ def _steps(graph: Graph) -> list[tuple[str, list[Node]]]:
             made.setdefault(label, []).append(at)
         steps[at][1].append(node)
         step[node] = at
-    first: dict[int, list[Node]] = {}
-    for node in free:
-        first.setdefault(min((step[u] for u in node.users if u in step), default=len(steps)), []).append(node)
-    ordered: list[tuple[str, list[Node]]] = []
-    for at, one in enumerate([*steps, None]):
-        ordered += [(OUTSIDE, [node]) for node in first.get(at, ())]
-        ordered += [one] if one else []
-    return ordered
+    reader = lambda n: min((step[u] for u in n.users if u in step), default=len(steps))
+    places = [(reader(n), (OUTSIDE, [n])) for n in free] + list(enumerate(steps))
+    return [
+        one for _, one in sorted(places, key=lambda place: place[0])
+    ]  # a gather before its reader: it is listed first
 
 
 def _labels(graph: Graph) -> dict[Node, str | None]:
@@ -170,10 +166,11 @@ def _end_early(graph: Graph, labels: dict[Node, str | None]) -> None:
         if label in members:
             sent.setdefault(label, []).append(node.args[0])
     for label, grads in sent.items():
-        size = {g: g.meta["val"].numel() * g.meta["val"].element_size() for g in grads}
-        last = max(order[g] for g in grads if 2 * size[g] >= max(size.values()))
+        size = {g: g.meta["val"].nbytes for g in grads}
+        largest = max(size.values())
+        last = max(order[g] for g in grads if 2 * size[g] >= largest)
         rest = [n for n in members[label] if order[n] > last]
-        if max(size.values()) >= LARGE and len(rest) >= LEAST:
+        if largest >= reduce_gradients.BUCKET and len(rest) >= LEAST:
             labels |= dict.fromkeys(rest, f"{label}, the rest")
 
 

@@ -172,9 +172,11 @@ def _products_late(gm: GraphModule) -> None:
     """
     before: list[Node] = []  # since the last start
     for node in list(gm.graph.nodes):
+        if node.target in (ops.start_all_to_all.default, ops.arrive.default):  # has its own products to hide it
+            before = []
+            continue
         if node.target not in STARTS:
-            # an all-to-all has its own products to hide it
-            before = [] if node.target in (ops.start_all_to_all.default, ops.arrive.default) else [*before, node]
+            before.append(node)
             continue
         here, needed, ahead = set(before), set[Node](), [node]
         while ahead:

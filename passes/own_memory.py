@@ -20,15 +20,9 @@ from tedcompile import graphs
 from tedcompile.layouts import aten
 from tedcompile.ops import ops
 
-FRESH = ("aten", "prims", "ted")  # namespaces of ops whose schemas tell what is a view
-PARTS = {
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.unbind.int,
-    aten.chunk.default,
-}  # of a base that others may have other parts of
+# parts of a base that others may have other parts of
+PARTS = {aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
+         aten.chunk.default}  # fmt: skip
 COPIES = {aten._unsafe_view.default, aten.reshape.default}  # views, or so, which their schemas do not tell
 
 
@@ -59,5 +53,7 @@ def fresh(node: Node) -> bool:
         return False
     if node.target is operator.getitem:
         return fresh(node.args[0])
-    known = getattr(node.target, "namespace", "") in FRESH and node.target not in COPIES
-    return known and not any(r.alias_info for r in node.target._schema.returns)
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or graphs.namespace(node) not in graphs.NAMESPACES or node.target in COPIES:
+        return False
+    return not any(r.alias_info for r in schema.returns)

@@ -20,7 +20,8 @@ Needs: `ctx.gradients`, for each output of the joint graph that is a parameter's
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -29,10 +30,10 @@ from tedcompile import graphs, zero
 from tedcompile.layouts import aten, shape
 from tedcompile.ops import ops
 
+T = TypeVar("T")
 BUCKET = 25 << 20  # bytes
 MOVES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.t.default,
          aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims}  # fmt: skip
-LINEAR = ("aten", "prims", "ted", "_operator")  # namespaces of ops whose backwards are linear
 
 
 def run(gm: GraphModule, ctx) -> None:
@@ -55,21 +56,30 @@ def run(gm: GraphModule, ctx) -> None:
             families.setdefault((axis, grad.meta["val"].dtype), []).append((i, grad))
     for (axis, _), members in families.items():
         members.sort(key=lambda m: order[m[1]])
-        bucket: list[tuple[int, Node]] = []
-        held = 0
-        for i, grad in members:
-            size = grad.meta["val"].numel() * grad.meta["val"].element_size()
-            if size >= BUCKET:
+        for bucket in buckets(members, lambda m: m[1].meta["val"].nbytes):
+            i, grad = bucket[0]
+            if grad.meta["val"].nbytes >= BUCKET:
                 results[i] = _alone(gm.graph, grad, axis, scale, output)
-                continue
-            bucket.append((i, grad))
-            held += size
-            if held >= BUCKET:
+            else:
                 _together(gm.graph, bucket, axis, scale, output, results)
-                bucket, held = [], 0
-        if bucket:
-            _together(gm.graph, bucket, axis, scale, output, results)
     output.args = (tuple(results),)
+
+
+def buckets(gradients: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """What is summed together: one of `BUCKET` bytes alone, others in their order until they have as many."""
+    bucket: list[T] = []
+    held = 0
+    for gradient in gradients:
+        if size(gradient) >= BUCKET:
+            yield [gradient]
+            continue
+        bucket.append(gradient)
+        held += size(gradient)
+        if held >= BUCKET:
+            yield bucket
+            bucket, held = [], 0
+    if bucket:
+        yield bucket
 
 
 # ---- the mean
@@ -84,9 +94,8 @@ def _divide_early(graph: Graph, ctx, copies: int) -> bool:
     power_of_two = copies & (copies - 1) == 0
     if others or torch.float16 in kinds or not (power_of_two or torch.bfloat16 not in kinds):
         return False
-    linear = lambda n: getattr(n.target, "namespace", getattr(n.target, "__module__", "")) in LINEAR
-    if not all(linear(n) for n in graph.nodes if n.op == "call_function"):
-        return False
+    if not all(graphs.namespace(n) in graphs.NAMESPACES for n in graph.nodes if n.op == "call_function"):
+        return False  # a user's own backward need not be linear
     given = set(tangents)
     for node in graph.nodes:
         if not given.isdisjoint(node.all_input_nodes):

@@ -30,8 +30,16 @@ KEPT = ("nn_module_stack", "stack_trace", "autocast", "pinned")
 PLACES = {ops.slice.default, ops.gather.default, ops.gather_enter.default, ops.reduce_scatter.default,
           ops.gather_rows.default, ops.scatter_rows.default, ops.own_experts.default}  # fmt: skip
 
+# namespaces of ops that run no user's Python, have no backward of a user's, and say in their schemas what is a view
+NAMESPACES = {"aten", "prims", "ted", "_operator"}
+
 # ops whose number of rows depends on data, and which of several results has them
 RAGGED = {ops.all_to_all.default: 0, ops.select.default: 0, ops.gather_rows.default: 0, ops.route_some.default: 2}
+
+
+def namespace(node: Node) -> str:
+    """Of the op that a node calls; of a plain function its module."""
+    return str(getattr(node.target, "namespace", None) or getattr(node.target, "__module__", ""))
 
 
 def rows(node: Node) -> Any:

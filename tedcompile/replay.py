@@ -27,7 +27,6 @@ ROUNDS = 3  # of samples, after which a graph that is not slow to launch is left
 BOUND = 0.9  # part of the device's time that launching takes, from which on the device waits for the host
 LARGEST = 1 / 8  # of the device's memory: what all recordings of a process may keep
 MISSES = 16  # calls in a row that could not be replays, after which the memory is given back
-NAMESPACES = {"aten", "prims", "ted", "_operator"}  # no user's Python runs in these
 
 
 def recordable(gm: GraphModule) -> bool:
@@ -46,9 +45,9 @@ def recordable(gm: GraphModule) -> bool:
 
 
 def _runs_alone(node: Node) -> bool:
-    space = getattr(node.target, "namespace", None) or getattr(node.target, "__module__", "")
+    space = graphs.namespace(node)
     if space != "ted":
-        return space in NAMESPACES
+        return space in graphs.NAMESPACES
     dtypes = {v.dtype for a in node.all_input_nodes if isinstance(v := a.meta.get("val"), Tensor)}
     floating = {d for d in dtypes if d.is_floating_point}
     products = node.target in (ops.grouped_mm.default, ops.grouped_outer.default)

@@ -308,19 +308,7 @@ def _buckets(
         axis = "dp" if "ep" in p.meta.get("placements", {}) else "data"
         families.setdefault((axis, p.meta["val"].dtype), []).append(p)
     for (axis, _), parameters in families.items():
-        bucket: list[Node] = []
-        size = 0
-        for p in parameters:
-            more = _bytes(p.meta["val"], shapes.local(p))
-            if more >= reduce_gradients.BUCKET:
-                yield axis, [p]
-                continue
-            bucket.append(p)
-            size += more
-            if size >= reduce_gradients.BUCKET:
-                yield axis, bucket
-                bucket, size = [], 0
-        if bucket:
+        for bucket in reduce_gradients.buckets(parameters, lambda p: _bytes(p.meta["val"], shapes.local(p))):
             yield axis, bucket
 
 

@@ -58,6 +58,7 @@ class Tiled(torch.optim.Optimizer):
             otherwise: load values by `copy_`, do not assign `.data`.
         rule: the update.
         tile_bytes: the size of a tile where tiles are gathered (ZeRO) or staged (offload): a step needs at most two.
+            Where NCCL gathers in place (ZeRO-1), `LONG` of them travel as one, and need no memory.
         offload: "cpu" keeps master weights and moments in host memory.
         update_on: where offloaded state is updated: on the "device", through which it streams, on the "host", to which
             gradients go and from which parameters come, or where rates measured at the start say that it takes less

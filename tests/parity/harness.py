@@ -260,7 +260,6 @@ def run_case(case: Case) -> dict:
     patch = unittest.mock.patch
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch("tedcompile.passes.reduce_gradients.BUCKET", LARGE))
-        stack.enter_context(patch("tedcompile.passes.cut_layers.LARGE", LARGE))
         if case.sabotage == "no_reduction":
             stack.enter_context(patch("tedcompile.passes.reduce_gradients.run", lambda gm, ctx: None))
         return compare_case(case)

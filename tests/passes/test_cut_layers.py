@@ -58,6 +58,7 @@ def test_gradients_are_reduced_outside():
 def test_gradients_travel_beside_the_layers_that_follow(zero, monkeypatch):
     """Each is sent before the next layer of the backward, and waited for after the last; large ones, alone, as well."""
     monkeypatch.setattr(reduce_gradients, "BUCKET", 1 << 12)
+    monkeypatch.setattr(cut_layers, "_end_early", lambda *_: None)  # each layer one segment
     model, batch = models.MODELS["qwen3_moe"](num_hidden_layers=4)
     mesh = MeshShape(dp=2)
     cut = cut_layers.run(joint.parts(model, batch(0, 0), mesh, zero=zero)[1])
@@ -96,9 +97,9 @@ def test_large_gradients_travel_beside_the_rest_of_their_layer(monkeypatch):
     monkeypatch.setattr(reduce_gradients, "BUCKET", 1 << 12)
     model, batch = models.MODELS["qwen3_moe"](num_hidden_layers=4)
     backward = joint.parts(model, batch(0, 0), MeshShape(dp=2))[1]
-    whole = cut_layers.run(backward)
-    monkeypatch.setattr(cut_layers, "LARGE", 1 << 12)
     cut = cut_layers.run(backward)
+    monkeypatch.undo()
+    whole = cut_layers.run(backward)  # as if these gradients were small
     has = [
         [any(w in str(n.target) for n in s.graph.nodes) for w in ("grouped_outer", "attention")] for s in cut.segments
     ]

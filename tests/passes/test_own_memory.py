@@ -9,7 +9,7 @@ from tedcompile import graphs, watch
 from tedcompile.layouts import aten
 from tedcompile.mesh import MeshShape
 from tedcompile.ops import ops
-from tedcompile.passes import cut_layers, lower, own_memory, reduce_gradients
+from tedcompile.passes import lower, own_memory, reduce_gradients
 from tests import joint
 
 c10d = torch.ops._c10d_functional
@@ -90,7 +90,6 @@ class Alike(nn.Module):
 def test_the_same_gradients_in_place(off, monkeypatch):
     """Two ranks with one batch have its gradients, unless a sum writes over what another one reads."""
     monkeypatch.setattr(reduce_gradients, "BUCKET", 256)
-    monkeypatch.setattr(cut_layers, "LARGE", 256)
     original, kinds = lower.run, []
     doubled = {
         c10d.all_reduce_.default: lambda x, *_: x.mul_(2),  # both have the same
