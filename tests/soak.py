@@ -5,6 +5,8 @@
 Each round is a run under `torchrun --max-restarts`; a rank is killed (SIGKILL) at a random time after the start, or
 after a step: while it imports, compiles, runs, or writes a checkpoint. Checked: losses are those of the unbroken run,
 at most one interval of checkpoints is lost, and no process is left behind.
+
+Then one run under `torchrun --nnodes 1:2`: one node trains alone, a second one joins, and is lost again.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS, EVERY = 24, 4
+LATE = "it had ended before"
 MODEL = """
 import sys
 sys.path.insert(0, {root!r})
@@ -67,8 +71,29 @@ if restart:
     TiledAdamW.step, dist.all_to_all_single, checkpoint._write_pieces = step, all_to_all_single, write_pieces
 """
 
+# Put behind it: alone, it waits in step 6 for a second node; as rank 1 of two, it dies in its step 4, with torchrun.
+ELASTIC = """
+import os, pathlib, signal, time
+import torch.distributed as dist
+from tedcompile.optim import TiledAdamW
 
-def options(place: pathlib.Path, out: str, mesh: str, steps: int = STEPS) -> list[str]:
+joined = pathlib.Path(__file__).parent / "joined"
+steps, update = [], TiledAdamW.step
+
+def step(*args):
+    steps.append(0)
+    while len(steps) == 6 and dist.get_world_size() == 1 and not joined.exists():
+        time.sleep(0.01)
+    if len(steps) == 4 and dist.get_rank() == 1:
+        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(*args)
+
+TiledAdamW.step = step
+"""
+
+
+def options(place: pathlib.Path, out: str, mesh: str) -> list[str]:
     if not (place / "model.py").exists():
         (place / "model.py").write_text(MODEL.format(root=str(ROOT)))
     (place / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
@@ -77,7 +102,7 @@ def options(place: pathlib.Path, out: str, mesh: str, steps: int = STEPS) -> lis
     return [
         *("train", "--model", f"{place / 'model.py'}:build", "--data", str(place / "text.txt"), *fixed.split()),
         *("--lr", "1e-2", "--eps", "1e-4"),
-        *("--out", str(place / out), "--mesh", mesh, "--steps", str(steps), "--save-every", str(EVERY), "--zero", "1"),
+        *("--out", str(place / out), "--mesh", mesh, "--steps", str(STEPS), "--save-every", str(EVERY), "--zero", "1"),
     ]
 
 
@@ -114,16 +139,26 @@ def workers(launcher: int) -> list[int]:
     return found
 
 
-def launch(place: pathlib.Path, out: str, mesh: str, ranks: int, restarts: int = 3, steps: int = STEPS):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2", "-m", "tedcompile.cli"]
+def launch(
+    place: pathlib.Path,
+    out: str,
+    mesh: str,
+    ranks: int,
+    restarts: int = 3,
+    elastic: tuple[str, ...] = (),
+    log: str = "",
+) -> subprocess.Popen:
+    """A torchrun of `ranks` processes; `elastic`: its options as one of several nodes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2", *(elastic or ["--standalone"])]
+    command += ["-m", "tedcompile.cli", *options(place, out, mesh)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if elastic:
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    log = (place / f"{out}.log").open("a")
-    return subprocess.Popen(
-        command + options(place, out, mesh, steps), env=environment, stdout=log, stderr=log, cwd=place
-    )
+    file = (place / f"{log or out}.log").open("a")
+    return subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=place)
 
 
 def finish(process: subprocess.Popen, timeout: float) -> int:
@@ -165,7 +200,7 @@ def broken(place: pathlib.Path, out: str, mesh: str, ranks: int, moment) -> tupl
         moment(process, place / out)
         seen = max(losses(place / out), default=0)
         if process.poll() is not None or not first:
-            wrong.append("ended before the kill")
+            wrong.append(LATE)
         else:
             os.kill(random.choice(first), signal.SIGKILL)
         wait_for(process, lambda: any(p not in first for p in workers(process.pid)))
@@ -181,6 +216,41 @@ def broken(place: pathlib.Path, out: str, mesh: str, ranks: int, moment) -> tupl
         process.kill()
     log = (place / f"{out}.log").read_text()
     return losses(place / out), wrong + check({}, {}, seen, resumed(log))
+
+
+def elastic(place: pathlib.Path, expected: dict[int, float]) -> list[str]:
+    """A run on one node, then on two, then on one again; what went wrong."""
+    options(place, "elastic", "ep=2 / dp=1")
+    with (place / "model.py").open("a") as file:
+        file.write(ELASTIC)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def node(name: str) -> subprocess.Popen:
+        alive = f"last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=5,is_host={int(name == 'first')}"
+        words = f"--nnodes 1:2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{port} --rdzv-id soak --rdzv-conf {alive}"
+        words += " --local-addr 127.0.0.1"
+        return launch(place, "elastic", "ep=2 / dp=1", 1, elastic=tuple(words.split()), log=name)
+
+    first, log = node("first"), place / "first.log"
+    nodes = [first]
+    try:
+        wait_for(first, lambda: max(losses(place / "elastic"), default=0) == 5)
+        nodes.append(node("second"))
+        wait_for(first, lambda: "signal SIGTERM" in log.read_text())  # the first node's torchrun makes room
+        (place / "joined").touch()
+        code = finish(first, 300)
+    finally:
+        for process in nodes:
+            for pid in workers(process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.kill()
+    wrong = check(expected, losses(place / "elastic"), 0, [])
+    went_on = resumed(log.read_text())
+    if code or [step // EVERY for step in went_on] != [1, 2]:  # to two nodes after step 6 or 7, and back after step 8
+        wrong.append(f"exit code {code}, went on from {went_on}: {log.read_text()[-2000:]}")
+    return wrong
 
 
 def main() -> int:
@@ -208,12 +278,16 @@ def main() -> int:
                     wait_for(process, lambda: max(losses(folder), default=0) >= step)
 
             found, wrong = broken(place, f"run{number}", "ep=2", 2, moment)
-            wrong = [w for w in wrong if w != "ended before the kill"] + check(expected, found, 0, [])
+            missed = LATE in wrong
+            wrong = [w for w in wrong if w != LATE] + check(expected, found, 0, [])
             failed += bool(wrong)
             when = f"after {delay:.1f} s" if early else f"after step {step}"
+            when += f" ({LATE})" * missed
             print(f"{number + 1}/{args.kills} killed {when}: {'ok' if not wrong else '; '.join(wrong)}", flush=True)
-    print(f"{args.kills - failed} of {args.kills} runs ended as the unbroken one")
-    return 1 if failed else 0
+        wrong = elastic(place, expected)
+        print(f"a second node that comes and is lost: {'; '.join(wrong) or 'ok'}", flush=True)
+    print(f"{args.kills - failed} of {args.kills} broken runs ended as the unbroken one")
+    return 1 if failed or wrong else 0
 
 
 if __name__ == "__main__":
