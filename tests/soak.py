@@ -93,7 +93,7 @@ TiledAdamW.step = step
 """
 
 
-def options(place: pathlib.Path, out: str, mesh: str) -> list[str]:
+def options(place: pathlib.Path, out: str, mesh: str, steps: int = STEPS) -> list[str]:
     if not (place / "model.py").exists():
         (place / "model.py").write_text(MODEL.format(root=str(ROOT)))
     (place / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
@@ -102,7 +102,7 @@ def options(place: pathlib.Path, out: str, mesh: str) -> list[str]:
     return [
         *("train", "--model", f"{place / 'model.py'}:build", "--data", str(place / "text.txt"), *fixed.split()),
         *("--lr", "1e-2", "--eps", "1e-4"),
-        *("--out", str(place / out), "--mesh", mesh, "--steps", str(STEPS), "--save-every", str(EVERY), "--zero", "1"),
+        *("--out", str(place / out), "--mesh", mesh, "--steps", str(steps), "--save-every", str(EVERY), "--zero", "1"),
     ]
 
 
