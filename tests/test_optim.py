@@ -90,6 +90,16 @@ def test_fp32_and_offload():
 
 
 @pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("name", PEERS)
+def test_offload_of_a_rule_with_little_state_or_none(name, place):
+    """What is streamed is then more than the state: gradient and parameter."""
+    a, b = parameters(), parameters()
+    train(a, PEERS[name][0](a), 3)
+    train(b, PEERS[name][0](b, offload="cpu", update_on=place, tile_bytes=1 << 16), 3)
+    assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
 def test_offload_leaves_parameters_without_gradients_alone(place):
     """Their rows lie between those that are updated, in the same tiles."""
     a, b = parameters(torch.bfloat16), parameters(torch.bfloat16)

@@ -182,7 +182,9 @@ class Tiled(torch.optim.Optimizer):
             storages = self._storages(dtype)
             arrays = kept + [array for s in storages.values() for array in s.arrays]
             group_ = copies(members[0][0])[1]
-            row = sum(d.itemsize * c for d, c in arrays) if self.offload else dtype.itemsize * BLOCK
+            row = dtype.itemsize * BLOCK
+            if self.offload:  # what is streamed: the state, or to the host gradient and parameter
+                row = max(row * (2 if self.on_host else 1), sum(d.itemsize * c for d, c in arrays))
             limit = LAUNCH
             if self.offload or group_:
                 in_place = group_ and self.device.type == "cuda" and not (self.offload or scattered(members[0][0]))
