@@ -40,6 +40,7 @@ def run(gm: GraphModule, names: dict[str, str], in_place: bool = False) -> None:
     _products_late(gm)
     _wait_late(gm)
     _start_early(gm)
+    _wait_at_once(gm)
     gm.graph.lint()
     gm.recompile()
 
@@ -213,6 +214,18 @@ def _start_early(gm: GraphModule) -> None:
             j -= 1
         waits[started[j]].prepend(started[k].args[0])
         waits[started[j]].prepend(started[k])
+
+
+def _wait_at_once(gm: GraphModule) -> None:
+    """A gather between CPUs is over before anything else is done.
+
+    Gloo's thread makes views of its operand, and where Python lets go of that meanwhile, or of other gathers' operands,
+    the heap is corrupt soon (torch 2.11 and 2.13; the race of pytorch issue 75529). Other collectives make none.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=c10d.all_gather_into_tensor.default):
+        if node.meta["val"].device.type == "cpu":
+            for user in [u for u in node.users if u.target is c10d.wait_tensor.default]:
+                node.append(user)
 
 
 def _wait_late(gm: GraphModule) -> None:

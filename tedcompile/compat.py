@@ -303,10 +303,14 @@ def set_local(tensor: torch.Tensor, local: torch.Tensor) -> None:
         tensor.data = local
 
 
-def all_gather(whole: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Starts to gather equal parts, stacked on dim 0. Renamed in torch 2.13."""
+def all_gather(whole: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], Any]:
+    """Starts to gather equal parts, stacked on dim 0; the result waits. Renamed in torch 2.13.
+
+    On CPUs it is over at once: a part that Python lets go of meanwhile is gloo's undoing (`passes.lower`).
+    """
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(whole, part, group=group, async_op=True)
+    work = gather(whole, part, group=group, async_op=whole.is_cuda)
+    return work.wait if work is not None else lambda: None
 
 
 def storage(tensor: torch.Tensor) -> int:

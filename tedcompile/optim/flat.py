@@ -237,10 +237,10 @@ class Bucket:
         if not self.scattered:
             return self.gather(self.param, start, rows)
         tile = self.param.new_empty(self.copies * rows, BLOCK)
-        work = compat.all_gather(tile, self.param[start : start + rows], self.group)
+        wait = compat.all_gather(tile, self.param[start : start + rows], self.group)
 
         def finish() -> None:
-            work.wait()
+            wait()
             flat, landings = tile.view(-1), self._landing(start, rows)
             sources = [flat[at : at + target.numel()].view(target.shape) for target, at in landings]
             compat.foreach_copy([target for target, _ in landings], sources)
@@ -267,7 +267,7 @@ class Bucket:
         mine = flat[start : start + rows]
         mine = mine if flat.is_cuda else mine.clone()  # NCCL gathers in place
         whole = flat[first : first + rows * self.shards]
-        return compat.all_gather(whole, mine, self.group).wait
+        return compat.all_gather(whole, mine, self.group)
 
     def whole(self, own: Tensor) -> Tensor:
         """All rows of flat memory from those that each rank keeps."""
