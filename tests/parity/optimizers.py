@@ -8,6 +8,7 @@ torch.optim on the *same* gradients, gathered, which leaves the optimizer alone 
 
 from __future__ import annotations
 
+import argparse
 import gc
 import itertools
 import sys
@@ -248,8 +249,13 @@ def product() -> list[OptimizerCase]:
 
 
 def main() -> int:
-    failed = 0
-    for world, group in itertools.groupby(product(), key=lambda case: case.world):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="WORD", default=[], help="cases with all of these in their names")
+    words, failed = parser.parse_args().only, 0
+    cases = [case for case in product() if all(word in str(case) for word in words)]
+    if not cases:
+        parser.error(f"no case has {' and '.join(words)} in its name; one is {product()[0]}")
+    for world, group in itertools.groupby(cases, key=lambda case: case.world):
         with Pool(world) as pool:
             for case in group:
                 (result,) = pool.run([case])
