@@ -52,8 +52,10 @@ def measure(system: str, layers: int) -> dict:
         loss.item()
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
+    query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"]
     return {"first_step_s": seconds[0], "second_step_s": seconds[1], "loss": loss.item(),
             "gpu": torch.cuda.get_device_name() if device == "cuda" else "",
+            "clock": int(subprocess.check_output(query, text=True)) if device == "cuda" else None,
             "torch": torch.__version__}  # fmt: skip
 
 
@@ -83,8 +85,12 @@ def main() -> None:
                 if system == "tedcompile":
                     cells.append(("tedcompile, from its cache", run(system, layers, cache)))
             for name, found in cells:
-                facts = {"versions": {"torch": found["torch"], "python": platform.python_version()},
-                         "gpu": found["gpu"], "clock_mhz": None, "date": datetime.date.today().isoformat()}  # fmt: skip
+                facts = {
+                    "versions": {"torch": found["torch"], "python": platform.python_version()},
+                    "gpu": found["gpu"],
+                    "clock_mhz": found["clock"],
+                    "date": datetime.date.today().isoformat(),
+                }
                 for metric in ("first_step_s", "second_step_s"):
                     rows.append({"benchmark": "compile_time", "case": f"{layers} layers", "system": name,
                                  "metric": metric, "value": found[metric], "unit": "s", **facts})  # fmt: skip
