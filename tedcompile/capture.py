@@ -163,7 +163,7 @@ def capture(model: torch.nn.Module, kwargs: dict[str, Any], assume: bool = False
 def _capture(model: torch.nn.Module, kwargs: dict[str, Any], assume: bool = False) -> Captured:
     calls = Calls(model)
     hinted = compat.hinted_export(lambda: calls.assumed.add(calls.running[-1])) if assume else contextlib.nullcontext()
-    with hinted as mode:
+    with compat.lazy_modules(), hinted as mode:
         mode = mode or compat.FakeTensorMode(shape_env=compat.ShapeEnv(), allow_non_fake_inputs=True)
         return _export(model, kwargs, mode, calls, assume)
 

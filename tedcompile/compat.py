@@ -109,6 +109,11 @@ def own_tracing():
     return torch._guards.tracing(None)
 
 
+def lazy_modules():
+    """Graph modules made inside are turned into Python when they run: those that a pass only changes never are."""
+    return torch.fx._lazy_graph_module._use_lazy_graph_module(True)
+
+
 def range_of(size: torch.SymInt) -> Any:
     return size.node.shape_env.bound_sympy(size.node.expr)
 

@@ -130,6 +130,7 @@ def build(
     deterministic = ctx.shape.tp > 1  # tp ranks hold values alike: they must be bit-equal
     with contextlib.ExitStack() as stack:
         stack.enter_context(mode)
+        stack.enter_context(compat.lazy_modules())
         with outer:
             joint = compat.aot_export_joint_with_descriptors(
                 stack,
