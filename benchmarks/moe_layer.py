@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 
 import torch
 import torch.distributed as dist
@@ -145,11 +144,10 @@ def main() -> None:
     mesh = dist.init_device_mesh("cuda", (1, 1, 1), mesh_dim_names=("dp", "ep", "tp"))
 
     def record(case: str, system: str, metric: str, value: float | None, unit: str) -> None:
-        query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"]
         rows.append({
             "benchmark": "moe_layer", "case": case, "system": system, "metric": metric, "value": value, "unit": unit,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "gpu": torch.cuda.get_device_name(), "clock_mhz": int(subprocess.check_output(query, text=True)),
+            "gpu": torch.cuda.get_device_name(), "clock_mhz": torch.cuda.clock_rate(),
             "date": datetime.date.today().isoformat(),
         })  # fmt: skip
         path.write_text(json.dumps(rows, indent=1) + "\n")

@@ -220,7 +220,7 @@ def _wait_at_once(gm: GraphModule) -> None:
     """A gather between CPUs is over before anything else is done.
 
     Gloo's thread makes views of its operand, and where Python lets go of that meanwhile, or of other gathers' operands,
-    the heap is corrupt soon (torch 2.11 and 2.13; the race of pytorch issue 75529). Other collectives make none.
+    the heap is corrupt soon (torch 2.11 and 2.13; a race as in pytorch issue 75529). Other collectives make none.
     """
     for node in gm.graph.find_nodes(op="call_function", target=c10d.all_gather_into_tensor.default):
         if node.meta["val"].device.type == "cpu":
