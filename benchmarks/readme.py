@@ -82,6 +82,12 @@ def many_gpus() -> str:
     return "\n\n".join([intro, steps("many_gpus", MANY_GPUS), *(["Failed: " + "; ".join(failed) + "."] * bool(failed))])
 
 
+def train_gpu() -> str:
+    found = json.loads((HERE / "results" / "train_gpu.json").read_text())
+    lines = [[what, f"{check['value']:.2g}", f"{check['limit']:g}"] for what, check in found["checks"].items()]
+    return tabulate(lines, ["checked", "found", "at most"], tablefmt="github", disable_numparse=True)
+
+
 # column of the optimizer's table -> metric and format
 STEP = {"step, ms": ("step_ms", "{:.1f}"), "of copy bandwidth": ("of_copy", "{:.0%}"),
         "extra memory, GiB": ("extra_gib", "{:.2f}"), "CPU time, ms": ("cpu_ms", "{:.1f}")}  # fmt: skip
@@ -185,6 +191,7 @@ def main() -> None:
     }
     tables["train_step"] = functools.partial(steps, "train_step", TRAIN)
     tables["optimizer"] = optimizer
+    tables["train_gpu"] = train_gpu
     tables["many_gpus"] = many_gpus
     tables["moe_layer"] = moe_layer
     tables["zero"] = functools.partial(steps, "zero", STAGES)

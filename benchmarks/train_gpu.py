@@ -1,6 +1,6 @@
 """From checkpoint to checkpoint on two GPUs: does a run that is killed and goes on elsewhere give the model back?
 
-    python -m benchmarks.train_gpu                # two GPUs, NCCL, about three minutes; $OUT/train_gpu.json, or --out
+    python -m benchmarks.train_gpu                # two GPUs, NCCL, about five minutes; $OUT/train_gpu.json, or --out
     python -m benchmarks.train_gpu --cpu          # a tiny model on gloo, to try this file
 
 Two layers of Qwen3-30B-A3B's widths with 32 experts, as transformers saves them, are trained by `tedcompile train` in
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import pathlib
@@ -275,6 +276,7 @@ def main() -> int:
     place = pathlib.Path(tempfile.mkdtemp())
     drive = Drive(place, device, args.seconds)
     result: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "device": "cpu" if args.cpu else torch.cuda.get_device_name(),
         "model": SHAPES[device][0],
