@@ -4,9 +4,10 @@ Before:  y = index_put(x, (i,), values, accumulate=True);  z = scatter_add(x, 0,
 After:   y = sum_into(x, (i,), values);                    z = sum_along(x, 0, i, values)
 
 On CUDA the left ones add in the order in which threads come; one bit that differs may flip a top-k, and ranks that
-route apart exchange garbage. Sums of integers are exact in any order and stay.
+route apart exchange garbage. Sums of integers are exact in any order and stay. Data ranks that exchange an embedding's
+rows add up its gradient alike (`reduce_gradients`).
 
-Needs: a joint graph, after decomposition. Refuses: nothing. Does nothing without tensor parallelism.
+Needs: a joint graph, after decomposition. Refuses: nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ from tedcompile.ops import ops
 
 
 def run(gm: GraphModule, ctx) -> None:
-    if ctx.shape.tp == 1:
-        return
+    rules = RULES if ctx.shape.tp > 1 else EMBEDDING if ctx.shape["data"] > 1 else {}
     for node in list(gm.graph.nodes):
-        if node.target not in RULES or not val(node).is_floating_point():
+        if node.target not in rules or not val(node).is_floating_point():
             continue
         with gm.graph.inserting_before(node):
-            found = RULES[node.target](gm.graph, node)
+            found = rules[node.target](gm.graph, node)
             if found:
                 target, args = found
                 new = graphs.call(gm.graph, target, args, node, val(node))
@@ -59,8 +59,8 @@ def _embedding(graph: Graph, node: Node):
     return ops.embedding_vjp.default, node.args
 
 
-RULES = {
-    aten.embedding_dense_backward.default: _embedding,
+EMBEDDING = {aten.embedding_dense_backward.default: _embedding}
+RULES = EMBEDDING | {
     aten.index_put.default: _index_put,
     aten._unsafe_index_put.default: _index_put,
     aten.scatter_add.default: _scatter_add,

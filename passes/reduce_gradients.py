@@ -7,7 +7,10 @@ After:   d_loss = d_loss / (dp*ep)                                   # a gradien
 Dense parameters are reduced over dp x ep; experts, which are split over ep, over dp; both are divided by dp * ep, for a
 step is the step on the mean of the dp x ep losses (DeepSpeed-TED, arXiv 2303.06318, section 3). Never over tp: there a
 gradient is either this rank's own part or whole already. A bucket is sent as soon as its last gradient exists; one as
-large as a bucket goes alone, as it lies in memory.
+large as a bucket goes alone, as it lies in memory. A large embedding's that few tokens look up travels as their rows:
+
+         all_reduce(embedding_vjp(g, ids), "data") = embedding_vjp(gather(g), gather(ids))
+
 Under ZeRO-2 and 3 the VJPs of `gather_parameters` have summed them already; what is left is to divide.
 
 Each gradient is divided by itself, not the loss's, where that is not the same: a user's own backward is any function of
@@ -26,7 +29,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tedcompile import graphs, zero
+from tedcompile import compat, graphs, zero
 from tedcompile.layouts import aten, shape
 from tedcompile.ops import ops
 
@@ -59,7 +62,9 @@ def run(gm: GraphModule, ctx) -> None:
         for bucket in buckets(members, lambda m: m[1].meta["val"].nbytes):
             i, grad = bucket[0]
             if grad.meta["val"].nbytes >= BUCKET:
-                results[i] = _alone(gm.graph, grad, axis, scale, output)
+                rows = _rows(gm.graph, grad, axis, ctx.shape[axis])
+                alone = rows and _scaled(gm.graph, rows, scale)
+                results[i] = alone or _alone(gm.graph, grad, axis, scale, output)
             else:
                 _together(gm.graph, bucket, axis, scale, output, results)
     output.args = (tuple(results),)
@@ -137,6 +142,29 @@ def _alone(graph: Graph, grad: Node, axis: str, scale: float, output: Node) -> N
     with graphs.after(graph, sent):
         summed = graphs.call(graph, ops.all_reduce.default, (sent, axis), sent)
     return _seen(graph, summed, [(m.target, m.args[1:], m) for m in moves], output)
+
+
+def fewer_rows(tokens: int, rows: int, ranks: int) -> bool:
+    """Whether the rows of all ranks' tokens are fewer than an embedding has: to sum these sends each of them twice."""
+    return tokens * ranks <= rows
+
+
+def _rows(graph: Graph, grad: Node, axis: str, ranks: int) -> Node | None:
+    """An embedding's gradient from all ranks' tokens, added up in one order by each."""
+    if grad.target is not aten.embedding_dense_backward.default or len(grad.users) > 1:
+        return None
+    g, ids, rows, padding, by_frequency = grad.args
+    if by_frequency or not fewer_rows(math.prod(shape(ids)), rows, ranks):
+        return None
+    with graph.inserting_before(grad):
+        whole = []
+        for value, size in ((g, [-1, shape(g)[-1]]), (ids, [-1])):
+            flat = graphs.call(graph, aten.reshape.default, (value, size), grad)
+            part = flat.meta["val"]
+            val = part.new_empty(ranks * part.shape[0], *part.shape[1:])
+            whole.append(graphs.call(graph, ops.gather.default, (flat, 0, ranks, [], axis), grad, val))
+            whole[-1].meta |= compat.IN_BACKWARD
+        return graphs.call(graph, ops.embedding_vjp.default, (*whole, rows, padding, False), grad)
 
 
 def _together(

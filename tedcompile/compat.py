@@ -192,14 +192,29 @@ def expression(size: torch.SymInt) -> Any:
     return size.node.expr
 
 
-def select_decomp_table(deterministic: bool = False):
-    """Inductor's decompositions; `deterministic`: without that of an embedding's gradient, which adds atomically."""
+def select_decomp_table(parallel: bool = False):
+    """Inductor's decompositions; `parallel`: without that of an embedding's gradient, which adds atomically."""
     from torch._inductor.decomposition import select_decomp_table
 
     table = dict(select_decomp_table())
-    if deterministic:
+    if parallel:
         table.pop(torch.ops.aten.embedding_dense_backward.default, None)
     return table
+
+
+IN_BACKWARD = {"partitioner_tag": "must_be_in_backward"}  # meta of a node of a joint graph
+
+
+def new_group(ranks: list[int], device_type: str) -> dist.ProcessGroup:
+    """A group for tensors of a device. Kernels of NCCL begin before those of a product that wait for a place.
+
+    Called by all ranks, in one order. Its timeout is that of the default group.
+    """
+    if device_type != "cuda" or "cuda:nccl" not in dist.get_backend_config():
+        return dist.new_group(ranks)
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = dist.group.WORLD._get_backend(torch.device("cuda")).options._timeout
+    return dist.new_group(ranks, backend="nccl", timeout=options._timeout, pg_options=options)
 
 
 def register_group(name: str, group: dist.ProcessGroup) -> None:

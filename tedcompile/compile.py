@@ -136,7 +136,7 @@ def build(
                 stack,
                 _Forward(gm, device, ctx.shape.tp),
                 tuple(fakes),
-                decompositions=compat.select_decomp_table(deterministic) if backend == "inductor" else None,
+                decompositions=compat.select_decomp_table(ctx.shape.world > 1) if backend == "inductor" else None,
             )
         if train:
             graph = joint.graph_module

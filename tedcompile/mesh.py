@@ -9,7 +9,6 @@ process groups of one rank. Besides the three axes there are `data` = dp x ep, t
 from __future__ import annotations
 
 import atexit
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -119,29 +118,24 @@ class Groups:
         self.host: dist.ProcessGroup | None = None
         for axis in AXES:
             self.rank[axis] = mesh.get_local_rank(axis) if axis in names else 0
-            if self.shape[axis] > 1:
-                self.group[axis] = mesh.get_group(axis)
         self.rank["data"] = self.rank["dp"] * self.shape.ep + self.rank["ep"]
-        others = [n for n in names if n == "tp"]
-        grid = mesh.mesh.permute(*[names.index(n) for n in (*others, *(n for n in DATA_AXES if n in names))])
-        rows = grid.reshape(self.shape.tp, self.shape["data"]).tolist()
-        if self.shape.dp > 1 and self.shape.ep > 1:
-            for ranks in rows:
-                group = dist.new_group(ranks)
-                if dist.get_rank() in ranks:
-                    self.group["data"] = group
-        elif self.shape["data"] > 1:
-            self.group["data"] = self.group["dp" if self.shape.dp > 1 else "ep"]
-        if self.shape.ep > 1 and self.shape.tp > 1:
-            for ranks in self._along(("ep", "tp"), names):
-                group = dist.new_group(ranks)
-                if dist.get_rank() in ranks:
-                    self.group["ept"] = group
-        elif self.shape["ept"] > 1:
-            self.group["ept"] = self.group["ep" if self.shape.ep > 1 else "tp"]
+        joint: dict[str, tuple[str, ...]] = {"data": DATA_AXES, "ept": ("ep", "tp")}
+        for axis, along in [*((a, (a,)) for a in AXES), *joint.items()]:
+            sizes = [a for a in along if self.shape[a] > 1]
+            everyone = self._along(along, names)
+            if len(along) > 1 and len(sizes) == 1:
+                self.group[axis] = self.group[sizes[0]]
+            elif sizes == [axis] and any(ranks != sorted(ranks) for ranks in everyone):
+                self.group[axis] = mesh.get_group(axis)  # of ranks in another order than a new one would have
+            elif sizes:
+                for ranks in everyone:
+                    group = compat.new_group(ranks, mesh.device_type)
+                    if dist.get_rank() in ranks:
+                        self.group[axis] = group
         if self.shape.world > 1:
-            ranks = sorted(itertools.chain(*rows))
-            self.group["world"] = dist.group.WORLD if len(ranks) == dist.get_world_size() else dist.new_group(ranks)
+            ranks = sorted(mesh.mesh.flatten().tolist())
+            whole = len(ranks) == dist.get_world_size()
+            self.group["world"] = dist.group.WORLD if whole else compat.new_group(ranks, mesh.device_type)
             # agreement between ranks is checked on the host, beside the devices' work
             on_host = mesh.device_type == "cpu" and dist.get_backend() == "gloo"
             self.host = self.group["world"] if on_host else dist.new_group(ranks, backend="gloo")
@@ -156,9 +150,17 @@ class Groups:
         return self.mesh.mesh.permute(*others, *inner).reshape(-1, size).tolist()
 
     @classmethod
+    def along(cls, mesh: DeviceMesh, axis: int) -> dist.ProcessGroup:
+        """The group of one axis of any mesh: no second communicator where `of` has made one."""
+        known = cls._known.get(_key(mesh))
+        if known is None or known.era is not dist.group.WORLD or not mesh.mesh_dim_names:
+            return mesh.get_group(axis)
+        return known.group[mesh.mesh_dim_names[axis]]
+
+    @classmethod
     def of(cls, mesh: DeviceMesh) -> Groups:
         """The groups of a mesh, made once for each distinct mesh (every rank must call this in the same order)."""
-        key = (mesh.device_type, tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape), mesh.mesh_dim_names)
+        key = _key(mesh)
         if any(groups.era is not dist.group.WORLD for groups in cls._known.values()):
             cls._known.clear()  # torch.distributed was started again
         if key not in cls._known:
@@ -168,3 +170,7 @@ class Groups:
                 )
             cls._known[key] = cls(mesh, len(cls._known))
         return cls._known[key]
+
+
+def _key(mesh: DeviceMesh) -> tuple:
+    return mesh.device_type, tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape), mesh.mesh_dim_names

@@ -241,7 +241,11 @@ def collectives(
         )
     for axis, members in _buckets(gm, shapes, got, groups):
         module = _common([pattern(p.meta["role"][1]).rpartition(".")[0] for p in members])
-        add("all_reduce", axis, "gradient", "backward", module, members)
+        looked_up = _as_rows(members, shapes, mesh[axis])
+        for operand in looked_up:
+            add("all_gather", axis, "gradient", "backward", module, [operand])
+        if not looked_up:
+            add("all_reduce", axis, "gradient", "backward", module, members)
     found = [
         {
             "kind": kind, "axis": axis, "role": role, "phase": phase, "module": module, "count": count,
@@ -310,6 +314,19 @@ def _buckets(
     for (axis, _), parameters in families.items():
         for bucket in reduce_gradients.buckets(parameters, lambda p: _bytes(p.meta["val"], shapes.local(p))):
             yield axis, bucket
+
+
+def _as_rows(members: list[Node], shapes: Shapes, ranks: int) -> list[Node]:
+    """What is gathered in place of an embedding's gradient (`reduce_gradients`): its tokens' rows, and their ids."""
+    (p, *others) = members
+    large = _bytes(p.meta["val"], shapes.local(p)) >= reduce_gradients.BUCKET
+    looked_up = [u for u in p.users if u.target in (aten.embedding.default, ops.embedding_shard.default)]
+    if others or not large or not looked_up or len(p.users) > 1 or looked_up[0].args[3:4] == (True,):
+        return []
+    (node,) = looked_up
+    ids = node.args[1]
+    few = reduce_gradients.fewer_rows(math.prod(shapes.local(ids)), shapes.local(p)[0], ranks)
+    return [node, ids] if few else []
 
 
 def _filled(nodes: list[Node], shapes: Shapes, limit: int) -> Iterator[list[Node]]:

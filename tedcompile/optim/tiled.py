@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tedcompile import compat
+from tedcompile.mesh import Groups
 from tedcompile.optim import rules, tiles
 from tedcompile.optim.flat import VERSION, Bucket, Slot, copies, scattered, share
 from tedcompile.optim.offload import Array, Stager, choose
@@ -146,7 +147,7 @@ class Tiled(torch.optim.Optimizer):
         votes = self._number(float(choose(self.device, state, 2 * dtype.itemsize)))
         for axis in range(mesh.ndim if mesh is not None else 0):
             if mesh.size(axis) > 1:
-                dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=mesh.get_group(axis))
+                dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=Groups.along(mesh, axis))
         return bool(votes)
 
     def _number(self, value: float) -> Tensor:
@@ -304,7 +305,7 @@ class Tiled(torch.optim.Optimizer):
         for mesh, total in totals.items():
             for axis in range(mesh.ndim if mesh is not None else 0):
                 if mesh.size(axis) > 1:
-                    dist.all_reduce(total, group=mesh.get_group(axis))
+                    dist.all_reduce(total, group=Groups.along(mesh, axis))
         return sum(totals.values(), self._number(0.0))
 
     def zero_grad(self, set_to_none: bool = False) -> None:
@@ -366,11 +367,11 @@ class Tiled(torch.optim.Optimizer):
         kernel = tiles.update_kernel(self.rule, self._names, self.master, self.moments, bucket.dtype, where)
         scalars = [clock.scalars.to(where) for clock in self.clocks[bucket.group_number]]
         parts = list(bucket.tiles())
-        transfers: list[Callable[[], None]] = []  # of the last two tiles at most
+        transfers: list[Callable[[], None]] = []
 
         def send(start: int, rows: int) -> None:
             transfers.append(bucket.send(start, rows))
-            if len(transfers) == 2:  # the one before ran beside this tile's update
+            if len(transfers) == 2 and bucket.scattered:  # the one before ran beside this tile's update: free its tile
                 transfers.pop(0)()
 
         for i, (grad, param, *arrays) in enumerate(self._arrays(kept, parts)):
@@ -382,7 +383,8 @@ class Tiled(torch.optim.Optimizer):
                 if a < b:
                     kernel([scalars[clock], grad[a:b], param[a:b], *(x[a:b] for x in arrays)])
         send(*parts[-1][:2])
-        transfers.pop()()
+        for wait in transfers:
+            wait()
 
     def _arrays(self, kept: Kept, parts: list[tuple[int, int, int]]) -> Iterator[list[Tensor]]:
         """Each tile's gradient, parameter and what is kept, where it is updated."""

@@ -50,6 +50,7 @@ CASES += [
     Case("deepseek_v3", (2, 2, 2), "starved_expert"),
     Case("olmoe", (1, 2, 1), all_axes=False),
     Case("gpt_oss", (1, 1, 2), example_inputs=False),
+    Case("qwen3_moe", (2, 1, 1), volumes=True),  # its embedding's gradient travels as rows
 ]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tedcompile.mesh import MeshShape
 from tedcompile.ops import ops
 from tedcompile.passes import deterministic
 
@@ -36,9 +37,9 @@ STAY = {
 }
 
 
-def rewritten(function, tp):
+def rewritten(function, tp, dp=1):
     gm = make_fx(function)(x, values)
-    deterministic.run(gm, types.SimpleNamespace(shape=types.SimpleNamespace(tp=tp)))
+    deterministic.run(gm, types.SimpleNamespace(shape=MeshShape(dp=dp, tp=tp)))
     gm.recompile()
     return gm, [n.target for n in gm.graph.nodes]
 
@@ -50,6 +51,7 @@ def test_sums_become_ordered(name):
     assert targets.count(target) == 1
     assert torch.allclose(gm(x, values), function(x, values))
     assert target not in rewritten(function, 1)[1]
+    assert (target in rewritten(function, 1, dp=2)[1]) == (name == "embedding")
 
 
 @pytest.mark.parametrize("name", STAY)

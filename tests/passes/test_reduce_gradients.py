@@ -137,6 +137,46 @@ def test_a_large_gradient_goes_as_it_lies(monkeypatch):
     assert "segment" not in {key for n in sums for key in n.meta}  # these stay outside of what is compiled
 
 
+def looked_up(by_frequency=False, shared=False, rows=24):
+    """A gradient of an embedding (rows, 4), padded at 3, that 2 x 3 tokens have looked up."""
+    graph = Graph()
+    g, ids = graph.placeholder("g"), graph.placeholder("ids")
+    g.meta["val"] = torch.empty(2, 3, 4, device="meta", dtype=torch.float64)
+    ids.meta["val"] = torch.empty(2, 3, device="meta", dtype=torch.int64)
+    grad = graphs.call(graph, aten.embedding_dense_backward.default, (g, ids, rows, 3, by_frequency), g)
+    results = (grad, graphs.call(graph, aten.neg.default, (grad,), grad)) if shared else (grad,)
+    graph.output((graphs.call(graph, aten.sum.default, (g,), g), *results))
+    return GraphModule(nn.Module(), graph)
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(dp=2), MeshShape(dp=2, ep=2, tp=2), MeshShape(dp=3)], ids=str)
+def test_a_large_embedding_travels_as_rows(mesh, monkeypatch):
+    monkeypatch.setattr(reduce_gradients, "BUCKET", 8)
+    gm = looked_up()
+    assert reduced(gm, mesh, [DENSE]) == []
+    ranks = Ranks(mesh, monkeypatch)
+    given = [{"g": torch.randn(2, 3, 4, dtype=torch.float64), "ids": torch.randint(24, (2, 3))} for _ in ranks.at]
+    results = ranks.run(gm, lambda node, r: given[r][node.name])
+    alone = [torch.ops.aten.embedding_dense_backward(x["g"], x["ids"], 24, 3, False) for x in given]
+    for group in ranks.groups("data"):
+        want = sum(alone[r] for r in group) / mesh["data"]
+        for r in group:
+            torch.testing.assert_close(results[r][1], want)
+            assert results[r][1].equal(results[group[0]][1])
+
+
+@pytest.mark.parametrize(
+    "gm",
+    [looked_up(rows=11), looked_up(by_frequency=True), looked_up(shared=True)],
+    ids=["many", "frequency", "shared"],
+)
+def test_an_embedding_that_is_summed_as_it_is(gm, monkeypatch):
+    """12 tokens for 11 rows; counts of tokens are of one rank; another op reads the gradient of one rank."""
+    monkeypatch.setattr(reduce_gradients, "BUCKET", 8)
+    assert reduced(gm, MeshShape(dp=2), [DENSE])
+    assert not gm.graph.find_nodes(op="call_function", target=ops.gather.default)
+
+
 @pytest.mark.parametrize("bucket", [8, 8 * 24, 1 << 20])
 @pytest.mark.parametrize("mesh", [MeshShape(dp=2), MeshShape(dp=3), MeshShape(dp=2, ep=2)], ids=str)
 def test_the_mean_of_a_backward(mesh, bucket, monkeypatch):
